@@ -1,0 +1,65 @@
+"""What can go wrong, each with the exit code that scripts rely on.
+
+The message says what and where; ``hint`` says what to do about it, and only the command line
+prints it. The codes are a contract: DESIGN.md, "Exit codes".
+"""
+
+from __future__ import annotations
+
+
+class CrtraceError(Exception):
+    """The root of all errors that crtrace raises on purpose: exit code 1."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class UsageError(CrtraceError):
+    """The request makes no sense: no process to watch, or a directory that is no chain."""
+
+    exit_code = 2
+
+
+class TargetGone(CrtraceError):
+    """The target does not exist, has exited, or its number now belongs to another process."""
+
+    exit_code = 10
+
+
+class NotPermitted(CrtraceError):
+    """The kernel or the file system refused for want of privilege."""
+
+    exit_code = 11
+
+
+class FeatureMissing(CrtraceError):
+    """The kernel lacks something without which the command cannot work."""
+
+    exit_code = 12
+
+
+class TargetBusy(CrtraceError):
+    """Somebody else holds the target: a tracer, or a userfaultfd over its ranges."""
+
+    exit_code = 13
+
+
+class ImageDamaged(CrtraceError):
+    """Bytes of an image are not what was written, or lie."""
+
+    exit_code = 20
+
+
+class ChainIncomplete(CrtraceError):
+    """An epoch that another one needs is not there."""
+
+    exit_code = 21
+
+
+class FormatTooNew(CrtraceError):
+    """An image written by a later crtrace."""
+
+    exit_code = 22

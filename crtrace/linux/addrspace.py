@@ -1,0 +1,51 @@
+"""A process's address space as a list of VMAs that is read again cheaply."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from crtrace.linux.procfs import Process, Vma, parse_maps
+from crtrace.units import U64, no_pages
+
+
+class AddressSpace:
+    """The VMAs of a process as last read. ``refresh`` costs one file read when nothing changed."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._raw = b""
+        self.vmas: list[Vma] = []
+
+    def refresh(self) -> bool:
+        """Read the map again; whether it differs from before."""
+        raw = self._process.read("maps")
+        if raw == self._raw:
+            return False
+        self._raw, self.vmas = raw, parse_maps(raw)
+        return True
+
+    def ranges(self, wanted: Callable[[Vma], bool]) -> U64:
+        """The page ranges of the VMAs that ``wanted`` accepts."""
+        found = [(vma.first_page, vma.end_page) for vma in self.vmas if wanted(vma)]
+        return np.array(found, dtype=np.uint64) if found else no_pages()
+
+    def touching(self, ranges: U64) -> list[Vma]:
+        """The VMAs that hold a page of the range array, each once."""
+        starts = np.array([vma.first_page for vma in self.vmas], dtype=np.uint64)
+        ends = np.array([vma.end_page for vma in self.vmas], dtype=np.uint64)
+        first = np.searchsorted(ends, ranges[:, 0], side="right")
+        last = np.searchsorted(starts, ranges[:, 1], side="left")
+        hit = np.zeros(len(self.vmas) + 1, dtype=np.int64)
+        np.add.at(hit, first, 1)
+        np.add.at(hit, np.maximum(first, last), -1)
+        return [vma for vma, on in zip(self.vmas, np.cumsum(hit)[:-1], strict=True) if on]
+
+
+def open_mapped(process: Process, vma: Vma) -> int:
+    """A descriptor of the inode that a VMA maps, whatever became of its name; ``OSError``."""
+    return os.open(
+        f"map_files/{vma.map_files_name}", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process.dirfd
+    )

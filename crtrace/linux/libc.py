@@ -1,0 +1,86 @@
+"""System calls that Python has no wrapper for: thin, typed, raising ``OSError``."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crtrace.units import U64, Pid
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SYS_PROCESS_VM_READV = 310
+SYS_BPF = 321
+SYS_PIDFD_GETFD = 438
+SYS_TGSIGQUEUEINFO = 297
+IOV_MAX = 1024
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_syscall = _libc.syscall
+_syscall.restype = ctypes.c_long
+_syscall.argtypes = [ctypes.c_long] + [ctypes.c_ulong] * 6
+_ptrace = _libc.ptrace
+_ptrace.restype = ctypes.c_long
+_ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
+_mlock = _libc.mlock
+_mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+def syscall(number: int, *args: int) -> int:
+    """The result of a system call; ``OSError`` with its errno when it fails."""
+    padded = args + (0,) * (6 - len(args))
+    result: int = _syscall(number, *padded)
+    if result == -1:
+        errno = ctypes.get_errno()
+        raise OSError(errno, os.strerror(errno))
+    return result
+
+
+def ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
+    """``ptrace(2)``. Every call for a tracee must come from the thread that seized it."""
+    ctypes.set_errno(0)
+    result: int = _ptrace(request, tid, addr, data)
+    errno = ctypes.get_errno()
+    if result == -1 and errno:
+        raise OSError(errno, os.strerror(errno), f"thread {tid}")
+    return result
+
+
+def process_vm_readv(pid: Pid, local: int, size: int, remote: U64) -> int:
+    """Copy up to ``IOV_MAX`` remote pieces into ``size`` bytes at address ``local``.
+
+    ``remote`` is an ``(n, 2)`` C-ordered array of (address, length). Returns the bytes copied:
+    fewer than asked when a piece could not be read, 0 when that was the first. Other failures
+    (``ESRCH``, ``EPERM``) are raised.
+    """
+    here = (ctypes.c_ulong * 2)(local, size)
+    result: int = _syscall(
+        SYS_PROCESS_VM_READV, pid, ctypes.addressof(here), 1, remote.ctypes.data, len(remote), 0
+    )
+    if result >= 0:
+        return result
+    errno = ctypes.get_errno()
+    if errno == 14:  # EFAULT: the first piece cannot be read this way
+        return 0
+    raise OSError(errno, os.strerror(errno), f"process {pid}")
+
+
+def pidfd_getfd(pidfd: int, fd: int) -> int:
+    """A duplicate, in this process, of another process's descriptor."""
+    return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+
+
+def lock_and_touch(buffer: NDArray[np.uint8]) -> bool:
+    """Fault in every page of ``buffer`` and keep it resident; False where ``mlock`` is refused."""
+    buffer[:: os.sysconf("SC_PAGESIZE")] = 0
+    result: int = _mlock(buffer.ctypes.data, buffer.nbytes)
+    return result == 0
+
+
+def address_of(data: bytes) -> int:
+    """Where an immutable byte string lies; it must outlive the use of the address."""
+    return ctypes.cast(ctypes.c_char_p(data), ctypes.c_void_p).value or 0

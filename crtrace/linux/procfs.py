@@ -1,0 +1,311 @@
+"""What ``/proc`` says of a process, with a hold on it that a reused number cannot fool."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import struct
+from dataclasses import dataclass
+from functools import cached_property
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from crtrace.errors import NotPermitted, TargetBusy, TargetGone, UsageError
+from crtrace.units import PAGE_SHIFT, Addr, Pid
+
+READ, WRITE, EXEC, SHARED = 1, 2, 4, 8
+
+_MAPS_LINE = re.compile(
+    rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$", re.M
+)
+_ESCAPE = re.compile(rb"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Vma:
+    """One line of ``/proc/PID/maps``: a half-open range of addresses with one backing."""
+
+    start: Addr
+    end: Addr
+    flags: int
+    """READ, WRITE, EXEC and SHARED."""
+    offset: int
+    """Byte offset of ``start`` in the file or object."""
+    device: int
+    inode: int
+    name: str
+
+    @property
+    def shared(self) -> bool:
+        return bool(self.flags & SHARED)
+
+    @property
+    def file_backed(self) -> bool:
+        """Backed by an inode: a file, memfd, shm segment, or shared anonymous memory."""
+        return self.inode != 0
+
+    @property
+    def first_page(self) -> int:
+        return self.start >> PAGE_SHIFT
+
+    @property
+    def end_page(self) -> int:
+        return self.end >> PAGE_SHIFT
+
+    @property
+    def map_files_name(self) -> str:
+        """Its name in ``/proc/PID/map_files``."""
+        return f"{self.start:x}-{self.end:x}"
+
+
+def parse_maps(raw: bytes) -> list[Vma]:
+    """The VMAs of ``/proc/PID/maps``, by ascending address; without ``[vsyscall]``, which is not
+    in the process's own half of the address space."""
+    vmas = []
+    for match in _MAPS_LINE.finditer(raw):
+        start, end, perms, offset, major, minor, inode, name = match.groups()
+        if name == b"[vsyscall]":
+            continue
+        flags = sum(
+            bit
+            for bit, letter in zip((READ, WRITE, EXEC, SHARED), b"rwxs", strict=True)
+            if letter in perms
+        )
+        device = os.makedev(int(major, 16), int(minor, 16))
+        plain = _ESCAPE.sub(lambda m: bytes((int(m[1], 8),)), name) if b"\\" in name else name
+        vmas.append(
+            Vma(
+                Addr(int(start, 16)),
+                Addr(int(end, 16)),
+                flags,
+                int(offset, 16),
+                device,
+                int(inode),
+                os.fsdecode(plain),
+            )
+        )
+    return vmas
+
+
+class Stat(NamedTuple):
+    """The fields of ``/proc/PID/stat`` that are used, by the names of proc(5)."""
+
+    comm: str
+    state: str
+    ppid: int
+    pgrp: int
+    session: int
+    tty_nr: int
+    flags: int
+    starttime: int
+    startcode: int
+    endcode: int
+    startstack: int
+    exit_signal: int
+    start_data: int
+    end_data: int
+    start_brk: int
+    arg_start: int
+    arg_end: int
+    env_start: int
+    env_end: int
+    exit_code: int
+
+
+def parse_stat(raw: str) -> Stat:
+    """``/proc/PID/stat``; the command may hold spaces and parentheses."""
+    head, _, tail = raw.rpartition(")")
+    f = ["", "", *tail.split()]  # f[n] is field n + 1 of proc(5)
+    numbers = (3, 4, 5, 6, 8, 21, 25, 26, 27, 37, 44, 45, 46, 47, 48, 49, 50, 51)
+    return Stat(head.partition("(")[2], f[2], *(int(f[n]) for n in numbers))
+
+
+PF_KTHREAD = 0x00200000
+
+
+def parse_status(raw: str) -> dict[str, str]:
+    """``/proc/PID/status`` as a dict of stripped strings."""
+    pairs = (line.partition(":") for line in raw.splitlines())
+    return {name: value.strip() for name, _, value in pairs}
+
+
+def thread_status(pid: Pid, tid: Pid) -> dict[str, str]:
+    """The status of one thread; empty when it is gone."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/status") as file:
+            return parse_status(file.read())
+    except OSError:
+        return {}
+
+
+def comm_of(pid: Pid) -> str:
+    """The short name of a process, for messages."""
+    try:
+        with open(f"/proc/{pid}/comm") as file:
+            return file.read().strip()
+    except OSError:
+        return "gone"
+
+
+class Process:
+    """A living process, held by pidfd and by a descriptor of its ``/proc`` directory.
+
+    Both refer to this process and no later one of the same number. Every read raises
+    ``TargetGone`` once it is gone, ``NotPermitted`` where the kernel refuses.
+    """
+
+    def __init__(self, pid: Pid) -> None:
+        self.pid = pid
+        try:
+            self.pidfd = os.pidfd_open(pid)
+            self.dirfd = os.open(f"/proc/{pid}", os.O_RDONLY | os.O_DIRECTORY)
+        except OSError as error:
+            raise _no_such(pid, error) from error
+        self.starttime = self.stat().starttime
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the process; it may be called twice."""
+        for name in ("pidfd", "dirfd"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+    def open(self, name: str, flags: int = os.O_RDONLY) -> int:
+        """A descriptor of ``/proc/PID/name``."""
+        try:
+            return os.open(name, flags | os.O_CLOEXEC, dir_fd=self.dirfd)
+        except OSError as error:
+            raise self.explain(error, name) from error
+
+    def read(self, name: str) -> bytes:
+        """All of ``/proc/PID/name``."""
+        fd = self.open(name)
+        try:
+            parts = []
+            while part := os.read(fd, 1 << 20):
+                parts.append(part)
+            return b"".join(parts)
+        except OSError as error:
+            raise self.explain(error, name) from error
+        finally:
+            os.close(fd)
+
+    def readlink(self, name: str) -> str:
+        """Where ``/proc/PID/name`` points; empty where it cannot be read."""
+        try:
+            return os.readlink(name, dir_fd=self.dirfd)
+        except OSError:
+            return ""
+
+    def listdir(self, name: str) -> list[str]:
+        """The entries of the directory ``/proc/PID/name``."""
+        fd = self.open(name, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            return os.listdir(fd)
+        except OSError as error:
+            raise self.explain(error, name) from error
+        finally:
+            os.close(fd)
+
+    def explain(self, error: OSError, name: str) -> Exception:
+        """The error to raise when ``/proc/PID/name`` could not be read."""
+        if error.errno in (errno.ESRCH, errno.ENOENT) and not self.alive():
+            return TargetGone(f"process {self.pid} has exited")
+        if error.errno in (errno.EACCES, errno.EPERM):
+            return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")
+        return error
+
+    def alive(self) -> bool:
+        """Whether it still exists and is no zombie."""
+        try:
+            return self.stat().state not in "ZX"
+        except (OSError, TargetGone):
+            return False
+
+    def threads(self) -> list[Pid]:
+        """The numbers of all its threads now."""
+        return [Pid(int(name)) for name in self.listdir("task")]
+
+    def stat(self) -> Stat:
+        """``/proc/PID/stat``."""
+        try:
+            fd = os.open("stat", os.O_RDONLY | os.O_CLOEXEC, dir_fd=self.dirfd)
+        except OSError as error:
+            raise TargetGone(f"process {self.pid} has exited") from error
+        try:
+            return parse_stat(os.read(fd, 4096).decode(errors="replace"))
+        except OSError as error:
+            raise TargetGone(f"process {self.pid} has exited") from error
+        finally:
+            os.close(fd)
+
+    def status(self) -> dict[str, str]:
+        """``/proc/PID/status``."""
+        return parse_status(self.read("status").decode(errors="replace"))
+
+    def maps(self) -> list[Vma]:
+        """Its VMAs now."""
+        return parse_maps(self.read("maps"))
+
+    @cached_property
+    def comm(self) -> str:
+        """Its short name when first asked."""
+        return self.stat().comm
+
+    def lowest_free_fd(self) -> int:
+        """The descriptor that its next open gets, as long as its threads are stopped."""
+        used = {int(name) for name in self.listdir("fd")}
+        return next(n for n in range(len(used) + 1) if n not in used)
+
+
+def _no_such(pid: Pid, error: OSError) -> Exception:
+    if error.errno in (errno.ESRCH, errno.ENOENT):
+        return TargetGone(f"there is no process {pid}")
+    if error.errno == errno.EINVAL:
+        return UsageError(f"{pid} is no process number, or the number of a single thread")
+    return NotPermitted(f"not allowed to open process {pid}: {error.strerror}", hint="run as root")
+
+
+def refuse_unsuitable(process: Process) -> None:
+    """Raise for a process that can never be a target, with the reason.
+
+    ``UsageError`` for ourselves, a kernel thread and a 32-bit program; ``TargetGone`` for a zombie;
+    ``TargetBusy`` for one that is traced.
+    """
+    pid, stat = process.pid, process.stat()
+    if pid == os.getpid():
+        raise UsageError(f"process {pid} is crtrace itself, which cannot stop itself")
+    if stat.flags & PF_KTHREAD:
+        raise UsageError(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory")
+    if stat.state in "ZX":
+        raise TargetGone(f"process {pid} ({stat.comm}) is a zombie: its memory is gone")
+    tracer = int(process.status()["TracerPid"])
+    if tracer:
+        raise TargetBusy(
+            f"process {pid} ({stat.comm}) is already traced by process {tracer} "
+            f"({comm_of(Pid(tracer))})",
+            hint="end that debugger or tracer first",
+        )
+    if elf_class(process) != 2:
+        raise UsageError(f"process {pid} ({stat.comm}) is a 32-bit program: not supported")
+
+
+def elf_class(process: Process) -> int:
+    """1 for a 32-bit program, 2 for a 64-bit one, as its auxiliary vector was built."""
+    auxv = process.read("auxv")
+    pairs = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16]))
+    at_pagesz, at_phent = 6, 4
+    return 2 if pairs.get(at_pagesz) == 4096 and pairs.get(at_phent) in (56, None) else 1

@@ -1,0 +1,51 @@
+"""userfaultfd in asynchronous write-protect mode: the kernel notes a first write by itself.
+
+No page fault is ever delivered to us: with ``WP_ASYNC`` the kernel clears the mark and lets the
+write go on, so a target never waits for crtrace, and closing the descriptor undoes everything.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import struct
+
+from crtrace.errors import FeatureMissing
+
+SYS_USERFAULTFD = 323
+O_CLOEXEC, USER_MODE_ONLY = 0o2000000, 1
+CREATE_FLAGS = O_CLOEXEC | USER_MODE_ONLY
+"""USER_MODE_ONLY needs no privilege in the target, and makes no difference in WP_ASYNC mode."""
+
+_UFFD_API = 0xAA
+_UFFDIO_API = 0xC018AA3F
+_UFFDIO_REGISTER = 0xC020AA00
+_REGISTER_MODE_WP = 2
+WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
+FEATURES = WP_HUGETLBFS_SHMEM | WP_UNPOPULATED | WP_ASYNC
+
+
+def enable(fd: int) -> None:
+    """Choose the features; raises ``FeatureMissing`` on a kernel without WP_ASYNC (before 6.7)."""
+    try:
+        fcntl.ioctl(fd, _UFFDIO_API, struct.pack("<3Q", _UFFD_API, FEATURES, 0))
+    except OSError as error:
+        raise FeatureMissing(
+            f"userfaultfd has no asynchronous write protection here: {error.strerror}",
+            hint="Linux 6.7 or later with CONFIG_USERFAULTFD and CONFIG_PTE_MARKER_UFFD_WP",
+        ) from error
+
+
+def register(fd: int, start: int, end: int) -> int:
+    """Register whole VMAs in ``[start, end)`` (bytes) for write protection; 0 or the errno.
+
+    ``EBUSY``: another userfaultfd holds the range. ``EPERM``/``EINVAL``: the kernel does not track
+    that kind. ``ENOMEM``: the range is gone, or its address space is.
+    """
+    try:
+        fcntl.ioctl(
+            fd, _UFFDIO_REGISTER, struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
+        )
+    except OSError as error:
+        return error.errno or errno.EIO
+    return 0

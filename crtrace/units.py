@@ -1,0 +1,121 @@
+"""The units every layer speaks: pages, regions, half-open ranges and process numbers.
+
+A *range array* is an ``(n, 2)`` ``uint64`` array of half-open ``[start, end)`` page numbers,
+sorted, disjoint and non-empty. It is how sets of pages travel through the code: the sets are
+large, their ranges few.
+"""
+
+from __future__ import annotations
+
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+Pid = NewType("Pid", int)
+"""A process or thread number as seen from crtrace's own PID namespace."""
+
+Addr = NewType("Addr", int)
+"""An address in a target, in bytes."""
+
+PageNo = NewType("PageNo", int)
+"""An address divided by ``PAGE_SIZE``; in an object, an offset divided by it."""
+
+PAGE_SHIFT = 12
+PAGE_SIZE = 1 << PAGE_SHIFT
+REGION_PAGES = 512
+"""Pages in a region, the aligned 2 MiB that one bitmap of the BPF map covers."""
+CHUNK_PAGES = 512
+"""Most pages that one chunk of an image holds: a page array of the original patch."""
+CHUNK_BYTES = CHUNK_PAGES * PAGE_SIZE
+
+U64 = npt.NDArray[np.uint64]
+Bytes = npt.NDArray[np.uint8]
+Bools = npt.NDArray[np.bool_]
+
+
+def no_pages() -> U64:
+    """An empty range array."""
+    return np.empty((0, 2), dtype=np.uint64)
+
+
+def count_pages(ranges: U64) -> int:
+    """Pages in a range array."""
+    return int((ranges[:, 1] - ranges[:, 0]).sum())
+
+
+def expand(ranges: U64) -> U64:
+    """Every page number of a range array, ascending."""
+    if not len(ranges):
+        return np.empty(0, dtype=np.uint64)
+    lengths = (ranges[:, 1] - ranges[:, 0]).astype(np.int64)
+    firsts = np.cumsum(lengths) - lengths
+    base: U64 = np.repeat(ranges[:, 0] - firsts.astype(np.uint64), lengths)
+    base += np.arange(len(base), dtype=np.uint64)
+    return base
+
+
+def to_ranges(pages: U64) -> U64:
+    """The range array of sorted page numbers without repeats."""
+    if not len(pages):
+        return no_pages()
+    breaks = np.flatnonzero(np.diff(pages) != 1)
+    starts = pages[np.concatenate(([0], breaks + 1))]
+    ends = pages[np.concatenate((breaks, [len(pages) - 1]))] + np.uint64(1)
+    return np.stack((starts, ends), axis=1)
+
+
+def merge(*arrays: U64) -> U64:
+    """The union of ranges that may overlap and come in any order."""
+    every = np.concatenate(arrays) if arrays else no_pages()
+    if not len(every):
+        return no_pages()
+    every = every[np.argsort(every[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(every[:, 1])
+    first = np.concatenate(([True], every[1:, 0] > reach[:-1]))
+    starts = every[first, 0]
+    ends = reach[np.concatenate((np.flatnonzero(first)[1:] - 1, [len(every) - 1]))]
+    return np.stack((starts, ends), axis=1)
+
+
+def contains(ranges: U64, pages: U64) -> Bools:
+    """Which of ``pages`` (any order) lie in the range array."""
+    if not len(ranges):
+        return np.zeros(len(pages), dtype=np.bool_)
+    at = np.searchsorted(ranges[:, 0], pages, side="right") - 1
+    inside: Bools = (at >= 0) & (pages < ranges[np.maximum(at, 0), 1])
+    return inside
+
+
+def intersect(a: U64, b: U64) -> U64:
+    """The pages that are in both range arrays."""
+    if not len(a) or not len(b):
+        return no_pages()
+    first = np.searchsorted(b[:, 1], a[:, 0], side="right")
+    last = np.searchsorted(b[:, 0], a[:, 1], side="left")
+    hits = np.maximum(last - first, 0)
+    left = np.repeat(np.arange(len(a)), hits)
+    offset = np.arange(len(left)) - np.repeat(np.cumsum(hits) - hits, hits)
+    right = np.repeat(first, hits) + offset
+    starts = np.maximum(a[left, 0], b[right, 0])
+    ends = np.minimum(a[left, 1], b[right, 1])
+    return np.stack((starts, ends), axis=1)
+
+
+def subtract(a: U64, b: U64) -> U64:
+    """The pages of ``a`` that are not in ``b``."""
+    if not len(a) or not len(b):
+        return a
+    gaps = np.empty((len(b) + 1, 2), dtype=np.uint64)
+    gaps[0, 0], gaps[1:, 0] = 0, b[:, 1]
+    gaps[:-1, 1], gaps[-1, 1] = b[:, 0], np.iinfo(np.uint64).max
+    return intersect(a, gaps[gaps[:, 0] < gaps[:, 1]])
+
+
+def human_bytes(count: float) -> str:
+    """``count`` bytes with a binary unit, for people."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(count) < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"

@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * What the BPF programs and the controller share. Widths are fixed and sizes asserted here and in
+ * crtrace/track/dirty.py; change both together.
+ */
+#ifndef CRTRACE_TRACK_H
+#define CRTRACE_TRACK_H
+
+#define REGION_SHIFT 21 /* a region is 2 MiB: 512 pages, one bit each */
+#define PAGE_SHIFT_4K 12
+#define REGION_WORDS 8
+
+/* Process numbers are those of the initial PID namespace, whatever namespace crtrace runs in. */
+struct region_key {
+	__u32 tgid;
+	__u32 reserved;
+	__u64 region; /* address >> REGION_SHIFT */
+};
+
+struct region_bits {
+	__u64 word[REGION_WORDS]; /* bit n of the region: page n was written */
+};
+
+struct target {
+	__u64 faults;      /* write faults: pages written since they were armed, or for the first time */
+	__u64 lost;        /* written pages that found no room in the map */
+	__u64 map_changes; /* times its own threads took the address space for writing */
+	__u32 threads;     /* living threads, kept for followed children only */
+	__u32 flags;
+};
+
+#define TARGET_FOLLOW 1u /* its children become targets too */
+#define TARGET_CHILD 2u  /* added here at fork, not by the controller */
+
+/* Counters of the whole set of programs, by index in the array map `totals`. */
+enum total {
+	TOTAL_LOST_CHILDREN, /* forks that found no room among the targets */
+	TOTAL_COUNT
+};
+
+_Static_assert(sizeof(struct region_key) == 16, "region_key");
+_Static_assert(sizeof(struct region_bits) == 64, "region_bits");
+_Static_assert(sizeof(struct target) == 32, "target");
+
+#endif

@@ -1,0 +1,46 @@
+"""What the capture asks of whatever makes the next write to a page visible."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.ptrace import StoppedProcess
+from crtrace.units import U64
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """What a scan found of the private memory of a process, as disjoint page ranges."""
+
+    written: U64
+    """Pages with contents of their own that may differ from when the last scan returned: never too
+    few. Some may turn out unchanged, or zeros."""
+    gone: U64
+    """Where no page has contents of its own: not mapped, never written, discarded, or back to the
+    contents of the mapped file. To be trusted only if the target was stopped."""
+    unarmed: U64
+    """Those among ``written`` that cannot be armed, so they are read every time."""
+
+
+class Armer(Protocol):
+    """Notices which pages of one address space are written.
+
+    A page that ``scan`` reports as written is armed again by the time it returns, so a later
+    write is in a later scan. The caller reads its contents after that, and may let the target run.
+    """
+
+    name: str
+    ldt: bytes
+    """The target's local descriptor table as found by ``arm``; empty if nobody looked."""
+
+    def arm(self, stopped: StoppedProcess) -> None:
+        """Set up, with the target stopped. Everything counts as written until the first scan."""
+
+    def scan(self, space: AddressSpace) -> Scan:
+        """The sets as of now. ``space`` must have been refreshed if the target is stopped; while it
+        runs, the scan refreshes it itself where it has to. Raises ``TargetGone``."""
+
+    def close(self) -> None:
+        """Leave the target as it was; it may be called twice."""

@@ -1,0 +1,157 @@
+"""The armer of Linux 6.7 and later: write protection by userfaultfd, read by ``PAGEMAP_SCAN``.
+
+Only pages with contents of their own are ever armed. A page that is mapped later, or comes back
+after it was discarded, carries no protection and therefore counts as written, so unpopulated
+memory costs nothing however large it is.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import numpy as np
+
+from crtrace.errors import FeatureMissing, TargetBusy
+from crtrace.linux import pagemap, uffd
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
+from crtrace.linux.pagemap import Filter, Scanner
+from crtrace.linux.procfs import Process, Vma
+from crtrace.linux.ptrace import StoppedProcess
+from crtrace.track.armer import Scan
+from crtrace.units import PAGE_SHIFT, U64, Bools, intersect, merge, no_pages, subtract
+
+EVERYTHING = np.array([[0, pagemap.TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
+
+
+def _private_file(vma: Vma) -> bool:
+    return vma.file_backed and not vma.shared
+
+
+def _touched(ranges: U64, by: U64) -> Bools:
+    """Which of ``ranges`` hold a page of ``by``; both disjoint and ascending."""
+    first = np.searchsorted(by[:, 1], ranges[:, 0], side="right")
+    hit: Bools = (first < len(by)) & (by[np.minimum(first, len(by) - 1), 0] < ranges[:, 1])
+    return hit
+
+
+class UserfaultfdArmer:
+    """Arms one process. It holds the only descriptor of the userfaultfd: when that closes, by
+    :meth:`close` or by our death, the kernel lifts every protection."""
+
+    name = "userfaultfd"
+
+    def __init__(self, process: Process, space: AddressSpace) -> None:
+        self._process = process
+        self._space = space
+        self._uffd = -1
+        self._pagemap = process.open("pagemap")
+        if not pagemap.supported(self._pagemap):
+            os.close(self._pagemap)
+            raise FeatureMissing(
+                "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 or later is needed"
+            )
+        self._scanner = Scanner(self._pagemap)
+        guard = pagemap.GUARD if pagemap.supported(self._pagemap, pagemap.GUARD) else 0
+        self._unarmed = Filter(exclude=pagemap.FILE | pagemap.WPALLOWED | guard)
+        self._written = Filter(need=pagemap.WRITTEN, exclude=guard)
+        self._not_present = Filter(exclude=pagemap.PRESENT, any_of=0)
+        self._own = Filter(exclude=pagemap.FILE)
+        self._refused: set[Vma] = set()
+        self.ldt = b""
+        space.refresh()
+        self._gadgets = find_gadgets(process, space.vmas)
+
+    @property
+    def heals(self) -> bool:
+        """Whether the target would put itself right if we died while arming it."""
+        return self._gadgets.heals
+
+    def arm(self, stopped: StoppedProcess) -> None:
+        """Create the userfaultfd inside the target and take it out."""
+        self._space.refresh()
+        try:
+            with Injector(stopped, self._space.vmas, self._gadgets) as injector:
+                self._uffd = take_descriptor(
+                    injector, self._process.pidfd, uffd.SYS_USERFAULTFD, uffd.CREATE_FLAGS
+                )
+                self.ldt = read_ldt(injector)
+        except OSError as error:
+            raise self._explain(error) from error
+        uffd.enable(self._uffd)
+
+    def _explain(self, error: OSError) -> Exception:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return TargetBusy(
+                f"process {self._process.pid} has no free descriptor",
+                hint="one is needed for a moment; raise its RLIMIT_NOFILE with prlimit(1)",
+            )
+        if error.errno == errno.ENOSYS:
+            return FeatureMissing("this kernel has no userfaultfd")
+        return error
+
+    def scan(self, space: AddressSpace) -> Scan:
+        """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
+        fresh, _ = self._scanner.scan(self._unarmed)
+        unarmed = self._register(space, fresh) if len(fresh) else fresh
+        written, _ = self._scanner.scan(self._written, arm=True)
+        absent, markers = self._not_present_ranges(space)
+        of_file = self._of_file(space, written)
+        mapped = merge(space.ranges(lambda vma: True))
+        gone = merge(subtract(EVERYTHING, mapped), absent, of_file)
+        return Scan(merge(subtract(written, of_file), fresh, markers), gone, unarmed)
+
+    def _register(self, space: AddressSpace, fresh: U64) -> U64:
+        """Register the VMAs of unprotected pages; the pages of those that cannot be.
+
+        A VMA that has just been registered may hold stale marks (of ``mremap``), so all that it
+        held counts as written whatever its marks say.
+        """
+        space.refresh()
+        vmas = [vma for vma in space.touching(fresh) if vma not in self._refused]
+        for vma in vmas:
+            error = uffd.register(self._uffd, vma.start, vma.end)
+            if error in (errno.EBUSY, errno.EPERM, errno.EINVAL):
+                self._refused.add(vma)
+        return intersect(fresh, space.ranges(lambda vma: vma in self._refused))
+
+    def _not_present_ranges(self, space: AddressSpace) -> tuple[U64, U64]:
+        """Where page tables are empty; and pages that only look swapped out.
+
+        When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
+        page keeps its protection. Such pages are read again, and turn out as what they are.
+        """
+        ranges, categories = self._scanner.scan(self._not_present)
+        swapped = (categories & np.uint64(pagemap.SWAPPED)) != 0
+        armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
+        markers = ranges[armed]
+        if len(markers):
+            markers = intersect(markers, space.ranges(_private_file))
+        return ranges[~swapped], markers
+
+    def _of_file(self, space: AddressSpace, written: U64) -> U64:
+        """The part of ``written`` whose contents are those of a mapped file.
+
+        To ask of every page whether it is its file's takes ten times as long as the scan itself, so
+        only the file mappings that have new pages are asked.
+        """
+        files = space.ranges(_private_file)
+        suspects = intersect(written, files)
+        if not len(suspects):
+            return suspects
+        own = [no_pages()]
+        for start, end in files[_touched(files, suspects)].tolist():
+            ranges, _ = self._scanner.scan(
+                self._own, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT
+            )
+            own.append(ranges)
+        return subtract(suspects, merge(*own))
+
+    def close(self) -> None:
+        """Lift every protection by closing the userfaultfd."""
+        for name in ("_uffd", "_pagemap"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)

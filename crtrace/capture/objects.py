@@ -1,0 +1,170 @@
+"""Memory that lives in an object and not in the process: shared memory, memfd, shared files.
+
+Anybody who has the object can write it, by a mapping of his own or by ``pwrite``, and no protection
+of the target's page tables sees that. So its pages are read in every epoch while the target is
+stopped, through the object and not through the target's mapping; what did not change costs no
+stored byte, since contents are compared by hash.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from crtrace.linux import pagemap
+from crtrace.linux.addrspace import open_mapped
+from crtrace.linux.files import FileFacts
+from crtrace.linux.procfs import WRITE, Process, Vma
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, intersect, merge, no_pages
+
+Key = tuple[int, int]
+
+
+def kept(vma: Vma, facts: FileFacts | None) -> bool:
+    """Whether the contents of what a VMA maps belong into the image.
+
+    They do when they can be found nowhere else later: memory without a disk behind it, deleted
+    files, and shared files that are being written. Else the reference to the file is enough.
+    """
+    if facts is None or not facts.regular:
+        return False
+    nowhere_else = facts.memory or facts.links == 0
+    return nowhere_else or (vma.shared and bool(vma.flags & WRITE))
+
+
+@dataclass(slots=True)
+class MappedObject:
+    """One object, with the VMAs by which the target maps parts of it."""
+
+    key: Key
+    space: int
+    vmas: list[Vma]
+    facts: FileFacts
+    fd: int = -1
+
+    @property
+    def steady(self) -> bool:
+        """Whether nobody is expected to write it: a deleted file that is mapped only privately or
+        for reading. It need not be read while the target is stopped, nor again while its size and
+        time stay the same."""
+        written = any(vma.shared and vma.flags & WRITE for vma in self.vmas)
+        return not self.facts.memory and not written
+
+    def extent(self) -> U64:
+        """The pages of the object that some VMA of the target maps."""
+        first = [vma.offset >> PAGE_SHIFT for vma in self.vmas]
+        pairs = [
+            (at, at + vma.end_page - vma.first_page)
+            for at, vma in zip(first, self.vmas, strict=True)
+        ]
+        return merge(np.array(pairs, dtype=np.uint64))
+
+    def open(self, process: Process) -> None:
+        """Open the object itself; raises ``OSError``."""
+        if self.fd < 0:
+            self.fd = open_mapped(process, self.vmas[0])
+
+    def close(self) -> None:
+        """Close it, so that we never keep an object alive longer than the target does."""
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def populated(self, scanner: pagemap.Scanner, known: U64) -> U64:
+        """The mapped pages that may hold something: page ranges within the object.
+
+        Memory objects and deleted files tell their holes. Of a file that is still on disk, it is
+        the pages that the target has in its page tables, and those (``known`` page numbers) that an
+        earlier epoch stored: to read it all could mean to read a whole disk.
+        """
+        size = os.fstat(self.fd).st_size
+        end = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
+        inside = intersect(self.extent(), np.array([[0, max(end, 0)]], dtype=np.uint64))
+        if self.facts.memory or not self.facts.links:
+            return merge(*(_data_ranges(self.fd, *span) for span in inside.tolist()), no_pages())
+        present = [self._present(scanner, vma) for vma in self.vmas]
+        stored = np.stack((known, known + np.uint64(1)), axis=1)
+        return intersect(merge(*present, stored), inside)
+
+    def _present(self, scanner: pagemap.Scanner, vma: Vma) -> U64:
+        want = pagemap.Filter(any_of=pagemap.PRESENT)
+        ranges, _ = scanner.scan(want, start=vma.start, end=vma.end)
+        shift = (vma.offset >> PAGE_SHIFT) - vma.first_page
+        return (ranges.astype(np.int64) + shift).astype(np.uint64)
+
+    def read(self, ranges: U64, buffer: Bytes) -> list[tuple[int, int]]:
+        """Fill ``buffer`` with the object's pages; what lies behind its end reads as zeros.
+
+        Returns (position of the page in ``buffer``, errno) of those that could not be read.
+        """
+        failed: list[tuple[int, int]] = []
+        at = 0
+        for first, end in ranges.tolist():
+            room = buffer[at * PAGE_SIZE : (at + end - first) * PAGE_SIZE]
+            error = self._read_run(first * PAGE_SIZE, room)
+            if error:
+                failed += [(page, error) for page in range(at, at + end - first)]
+            at += end - first
+        return failed
+
+    def _read_run(self, offset: int, room: Bytes) -> int:
+        done = 0
+        try:
+            while got := os.preadv(self.fd, [room[done:].data], offset + done):
+                done += got
+        except OSError as error:
+            return error.errno or errno.EIO
+        room[done:] = 0
+        return 0
+
+
+def _data_ranges(fd: int, first: int, end: int) -> U64:
+    """Where a memory object has pages, within page range ``[first, end)``."""
+    found, at, stop = [], first << PAGE_SHIFT, end << PAGE_SHIFT
+    while at < stop:
+        try:
+            data = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:
+            break  # ENXIO: nothing more
+        if data >= stop:
+            break
+        at = min(os.lseek(fd, data, os.SEEK_HOLE), stop)
+        found.append((data >> PAGE_SHIFT, (at + PAGE_SIZE - 1) >> PAGE_SHIFT))
+    return np.array(found, dtype=np.uint64) if found else no_pages()
+
+
+class ObjectTable:
+    """Gives every object a space number that stays the same along the chain."""
+
+    def __init__(self, first_free: int) -> None:
+        self._spaces: dict[Key, int] = {}
+        self._next = first_free
+
+    def remember(self, key: Key, space: int) -> None:
+        """An object that an earlier epoch of the chain already numbered."""
+        self._spaces[key] = space
+        self._next = max(self._next, space + 1)
+
+    def number(self, key: Key) -> int:
+        """The space of an object, new if it has none yet."""
+        if key not in self._spaces:
+            self._spaces[key] = self._next
+            self._next += 1
+        return self._spaces[key]
+
+    def mapped(self, vmas: Iterable[Vma], facts: dict[Key, FileFacts | None]) -> list[MappedObject]:
+        """The objects whose contents belong into the image, of all that are mapped."""
+        found: dict[Key, MappedObject] = {}
+        for vma in vmas:
+            key = (vma.device, vma.inode)
+            about = facts.get(key)
+            if not vma.file_backed or about is None or not kept(vma, about):
+                continue
+            if key not in found:
+                found[key] = MappedObject(key, self.number(key), [], about)
+            found[key].vmas.append(vma)
+        return list(found.values())

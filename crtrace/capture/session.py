@@ -21,6 +21,7 @@ from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
 from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.events import open_accounting
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.linux.waits import give_back_wait
@@ -80,6 +81,9 @@ class Session:
             undo.callback(self._disarm)
             self._pipeline = Pipeline()
             undo.callback(self._pipeline.close)
+            self._accounting = open_accounting()
+            if self._accounting:
+                undo.callback(self._accounting.close)
             self._undo = undo.pop_all()
 
     def close(self) -> None:
@@ -126,6 +130,8 @@ class Session:
             self._pipeline.finish()
             work.written_at = time.monotonic()
             stats = work.statistics(self._counted, self._fresh)
+            if self._accounting:
+                stats["paid"] = self._accounting.totals(self.process)
             entry = image.commit(stats)
             work.committed, self._fresh = True, False
         stats["total_time"] = work.elapsed()

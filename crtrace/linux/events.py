@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from crtrace.errors import TargetGone
 from crtrace.linux.procfs import Process
 from crtrace.units import Pid
 
@@ -100,7 +101,11 @@ class Accounting:
     def totals(self, process: Process) -> dict[str, int]:
         """Sums over all threads: faults, CPU time and delays in ns, context switches."""
         totals = dict.fromkeys(_PAID.values(), 0)
-        for tid in process.threads():
+        try:
+            threads = process.threads()
+        except TargetGone:
+            return totals
+        for tid in threads:
             for name, value in self._thread(tid).items():
                 if name in _PAID:
                     totals[_PAID[name]] += value

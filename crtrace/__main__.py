@@ -1,0 +1,5 @@
+"""``python -m crtrace``."""
+
+from crtrace.cli import main
+
+main()

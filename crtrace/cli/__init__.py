@@ -1,0 +1,49 @@
+"""The command line: one module a command. Only here is click, and only here is anything printed."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from crtrace import __version__
+from crtrace.cli import check, demo, dump, export, listing, show, verify, watch
+from crtrace.cli.output import Failure, explain
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="crtrace")
+def cli() -> None:
+    """Follow a live process and keep incremental, consistent images of its memory and state.
+
+    A chain is a directory with one image for each epoch. `crtrace watch PID` writes one; list,
+    show, verify and export read it, on any machine and without privileges.
+    """
+
+
+for command in (
+    check.check, watch.watch, dump.dump, listing.list_, show.show, verify.verify, export.export,
+    demo.demo,
+):  # fmt: skip
+    cli.add_command(command)
+
+
+def main() -> None:
+    """Run a command and exit as DESIGN.md's table of exit codes says."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.exceptions.Exit as end:
+        sys.exit(end.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.stderr.close()  # whoever read us has seen enough
+        sys.exit(0)
+    except Failure as failure:
+        sys.exit(failure.code)
+    except Exception as error:
+        sys.exit(explain(error))
+    sys.exit(code if isinstance(code, int) else 0)

@@ -1,0 +1,47 @@
+"""``crtrace dump``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from crtrace.cli.output import Bar, Failure, emit, json_option, note
+from crtrace.cli.watch import LOSSES, describe
+from crtrace.units import PAGE_SIZE, Pid, human_bytes
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option(
+    "-o", "--output", "path", type=click.Path(path_type=Path), metavar="DIR", required=True,
+    help="The chain to write, new or of the same process.",
+)  # fmt: skip
+@click.option(
+    "--max-pause", type=click.FloatRange(min=3), default=10.0, show_default=True, metavar="MS",
+    help="Pre-copy until the pause is expected to be shorter than this.",
+)  # fmt: skip
+@json_option
+def dump(pid: int, path: Path, max_pause: float, as_json: bool) -> None:
+    """Write one image of process PID.
+
+    Onto a chain of the same process it is incremental: every page is read, and stored if its
+    contents differ from those that the chain has.
+    """
+    from crtrace.capture.attach import attached
+
+    bar = Bar("image", lambda pages: human_bytes(pages * PAGE_SIZE))
+    with attached(Pid(pid), path, max_pause_ms=max_pause, progress=bar.update) as session:
+        entry, stats = session.checkpoint("dump")
+    bar.clear()
+    event = {
+        "event": "checkpoint", "epoch": entry.epoch, "reason": "dump", "full": entry.full,
+        "wall_ns": entry.wall_ns, **stats,
+    }  # fmt: skip
+    if as_json:
+        emit(event)
+    else:
+        click.echo(describe(event))
+    if stats["pages_unreadable"]:
+        note(f"some pages could not be read: crtrace show {path} lists them", fg="yellow")
+        raise Failure(LOSSES)

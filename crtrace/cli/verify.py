@@ -1,0 +1,52 @@
+"""``crtrace verify``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from crtrace.cli.options import chain_argument
+from crtrace.cli.output import Bar, Failure, emit, json_option, paint, printable
+from crtrace.errors import ImageDamaged
+from crtrace.units import human_bytes
+
+if TYPE_CHECKING:
+    from crtrace.analyze.verify import Damage
+
+
+@click.command()
+@chain_argument
+@click.option("--epoch", type=int, help="Only this epoch and those it builds on.")
+@json_option
+def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
+    """Read a chain again, byte by byte, and compare every checksum and every page."""
+    from crtrace.analyze.verify import verify as check
+    from crtrace.image.reader import Chain
+
+    bar = Bar("verifying", human_bytes)
+    with Chain.open(chain) as opened:
+        report = check(opened, epoch, bar.update)
+    bar.clear()
+    if as_json:
+        emit(report.to_json())
+    else:
+        for damage in report.damage:
+            click.echo(paint(_describe(damage), fg="red"))
+        for notice in report.notices:
+            click.echo(printable(notice))
+        state = "whole" if report.ok else "damaged"
+        click.echo(
+            f"{len(report.epochs)} epochs, {report.records} records, {report.pages} pages, "
+            f"{human_bytes(report.bytes)}: {state}"
+        )
+    if not report.ok:
+        raise Failure(ImageDamaged.exit_code)
+
+
+def _describe(damage: Damage) -> str:
+    where = f"{damage.file}, {damage.record} at offset {damage.offset:#x}: {damage.message}"
+    lost = f"; {damage.pages_lost} pages lost" if damage.pages_lost else ""
+    epochs = f"; epochs {', '.join(map(str, damage.epochs))}" if damage.epochs else ""
+    return printable(where + lost + epochs)

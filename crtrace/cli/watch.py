@@ -1,0 +1,104 @@
+"""``crtrace watch``."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import click
+
+from crtrace.cli.output import Bar, Failure, emit, json_option, milliseconds, note, paint
+from crtrace.units import PAGE_SIZE, Pid, human_bytes
+
+LOSSES = 3
+
+
+@click.command()
+@click.argument("pid", type=click.IntRange(min=1))
+@click.option(
+    "-o", "--output", "path", type=click.Path(path_type=Path), metavar="DIR",
+    help="The chain to write; by default crtrace-PID.",
+)  # fmt: skip
+@click.option(
+    "--interval", type=click.FloatRange(min=0), default=5.0, show_default=True,
+    help="Seconds between epochs; 0: only on SIGUSR1.",
+)  # fmt: skip
+@click.option("--count", type=click.IntRange(min=1), help="Stop after so many epochs.")
+@click.option(
+    "--max-pause", type=click.FloatRange(min=3), default=10.0, show_default=True, metavar="MS",
+    help="Pre-copy until the pause is expected to be shorter than this.",
+)  # fmt: skip
+@json_option
+def watch(
+    pid: int, path: Path | None, interval: float, count: int | None, max_pause: float,
+    as_json: bool,
+) -> None:  # fmt: skip
+    """Follow process PID and write an image of it every few seconds.
+
+    The first epoch is taken at once and is full; each later one holds only what changed. SIGUSR1
+    takes one now. The first Ctrl-C (or SIGTERM) finishes the epoch under way and ends with 0, the
+    second stops at once. When the target exits, watch ends with 0.
+    """
+    from crtrace.capture.attach import attached
+    from crtrace.capture.watch import StopNow, Watch, listening
+
+    path = path or Path(f"crtrace-{pid}")
+    bar = Bar("first image", lambda pages: human_bytes(pages * PAGE_SIZE))
+    say = emit if as_json else _print_event
+    with listening() as requests:
+        try:
+            with attached(
+                Pid(pid), path, max_pause_ms=max_pause, progress=bar.update
+            ) as session, closing(
+                Watch(session, requests, interval=interval, count=count)
+            ) as watched:  # fmt: skip
+                note(f"watching {pid} ({session.process.comm}) into {path}")
+                for event in watched.run():
+                    bar.clear()
+                    say(event)
+        except StopNow as stop:
+            bar.clear()
+            note("stopped at once; the committed epochs are whole")
+            raise Failure(128 + stop.signum) from None
+    _judge(watched.taken, watched.losses, pid, path)
+
+
+def _judge(taken: int, losses: int, pid: int, path: Path) -> None:
+    from crtrace.errors import TargetGone
+
+    if not taken:
+        raise TargetGone(f"process {pid} exited before its first epoch was complete")
+    if losses:
+        note(f"{losses} pages could not be read: crtrace show {path} lists them", fg="yellow")
+        raise Failure(LOSSES)
+
+
+def _print_event(event: dict[str, Any]) -> None:
+    kind = event["event"]
+    if kind == "checkpoint":
+        click.echo(describe(event))
+    elif kind == "exec":
+        click.echo(f"{event['pid']} runs a new program now: {event['comm']}")
+    elif kind == "delayed":
+        note(f"epoch delayed: {event['reason']}", fg="yellow")
+    elif kind == "exit":
+        status = "" if event["status"] is None else f" with status {event['status']}"
+        click.echo(f"{event['pid']} exited{status} after {event['epochs']} epochs")
+    else:
+        click.echo(f"{event['epochs']} epochs written")
+
+
+def describe(event: dict[str, Any]) -> str:
+    """A checkpoint event as a line."""
+    kind = f"full ({event['reason']})" if event["full"] else "+"
+    text = (
+        f"epoch {event['epoch']:4d}  {kind:<12} {event['pages_written']:8d} pages written  "
+        f"{human_bytes(event['bytes_stored']):>10} stored  "
+        f"pause {milliseconds(event['frozen_time']):>10}"
+    )
+    for sign, name in ((event["pages_hole"], "holes"), (event["pages_unreadable"], "unreadable")):
+        text += f"  {sign} {name}" if sign else ""
+    if not event["precopy_converged"] or event["pause_overflow"]:
+        text += paint("  the target writes faster than it can be copied", fg="yellow")
+    return text

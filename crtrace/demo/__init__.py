@@ -1,0 +1,1 @@
+"""What ``crtrace demo`` shows: a program at work, and a judge that trusts nothing of ours."""

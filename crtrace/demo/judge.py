@@ -1,0 +1,158 @@
+"""Compare an epoch with the process's memory, read independently.
+
+While the process is stopped its whole memory is copied through ``/proc/PID/mem``, as ``maps`` and
+``pagemap`` tell; nothing of the code that captures is used. Later the copy is compared with what
+the chain says of that epoch, byte for byte, in both directions: a page that the image has and the
+process had not must read as zeros.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from crtrace.image.epoch import Epoch, TaskView
+from crtrace.image.resolve import Source
+from crtrace.units import PAGE_SIZE, U64
+
+_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+_LEFT_OUT = ("[vvar", "[vsyscall]", "/dev/dri", "/dev/nvidia")
+
+
+@dataclass(slots=True)
+class Seen:
+    """A copy of a process's memory: for each mapping its start, size and pages with contents."""
+
+    pid: int
+    mappings: list[tuple[int, int, bool]] = field(default_factory=list)
+    """(start, end, private)."""
+    pages: dict[int, bytes] = field(default_factory=dict)
+    """Contents of runs of pages, by the address of the first."""
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What the comparison found; ``wrong`` are addresses of pages that differ."""
+
+    compared: int = 0
+    wrong: list[int] = field(default_factory=list)
+
+
+def observe(pid: int) -> Seen:
+    """Copy the memory of a process, which must be stopped."""
+    seen = Seen(pid)
+    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
+        lines = maps.read().splitlines()
+    memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
+    pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
+    try:
+        for line in lines:
+            span, perms, _, _, inode, *name = line.split(maxsplit=5)
+            if name and name[0].startswith(_LEFT_OUT):
+                continue
+            start, end = (int(part, 16) for part in span.split("-"))
+            private = "p" in perms
+            if not private and "w" not in perms and inode != "0" and not _in_memory(name):
+                continue  # a shared file that is only read: it is referred to, not copied
+            seen.mappings.append((start, end, private))
+            entries = np.frombuffer(
+                os.pread(pagemap, (end - start) // PAGE_SIZE * 8, start // PAGE_SIZE * 8), np.uint64
+            )
+            _copy_runs(seen, memory, start, _owned(entries, private))
+    finally:
+        os.close(memory)
+        os.close(pagemap)
+    return seen
+
+
+def _in_memory(name: list[str]) -> bool:
+    return bool(name) and name[0].startswith(("/dev/shm/", "/memfd:", "/dev/zero", "/SYSV"))
+
+
+def _owned(entries: U64, private: bool) -> U64:
+    """Positions of the pages whose contents are neither absent nor a file's."""
+    there = (entries & (_PRESENT | _SWAPPED)) != 0
+    if private:
+        there &= (entries & _OF_FILE) == 0
+    return np.flatnonzero(there).astype(np.uint64)
+
+
+def _copy_runs(seen: Seen, memory: int, start: int, positions: U64) -> None:
+    for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
+        if len(run):
+            address, size = start + int(run[0]) * PAGE_SIZE, len(run) * PAGE_SIZE
+            seen.pages[address] = _read_all(memory, address, size)
+
+
+def _read_all(memory: int, address: int, size: int) -> bytes:
+    parts = []
+    while size:
+        part = os.pread(memory, size, address)
+        if not part:
+            raise OSError(f"/proc/PID/mem ends at {address:#x}")
+        parts.append(part)
+        address, size = address + len(part), size - len(part)
+    return b"".join(parts)
+
+
+def compare(seen: Seen, epoch: Epoch) -> Verdict:
+    """Judge an epoch by what was seen during its pause."""
+    task = next(view for view in epoch.tasks if view.task.pid == seen.pid)
+    verdict = Verdict()
+    for address, contents in seen.pages.items():
+        _compare_run(verdict, epoch.read_memory(task, address, len(contents)), contents, address)
+    _find_surplus(verdict, epoch, task, seen)
+    return verdict
+
+
+def _compare_run(verdict: Verdict, ours: bytes, theirs: bytes, address: int) -> None:
+    verdict.compared += len(theirs) // PAGE_SIZE
+    if ours != theirs:
+        a, b = (np.frombuffer(x, np.uint8).reshape(-1, PAGE_SIZE) for x in (ours, theirs))
+        bad = np.flatnonzero((a != b).any(axis=1))
+        verdict.wrong += [address + int(at) * PAGE_SIZE for at in bad]
+
+
+def _find_surplus(verdict: Verdict, epoch: Epoch, task: TaskView, seen: Seen) -> None:
+    """Pages that only the image has must be zeros: that is what the process would read there."""
+    spans = [(start, start + len(data)) for start, data in seen.pages.items()]
+    for vma in task.vmas:
+        if vma.file or vma.name.startswith(_LEFT_OUT) or vma.name == "[vdso]":
+            continue
+        for run in epoch.memory_runs(task, vma):
+            if run.source is Source.STORED:
+                _check_zero(verdict, epoch, task, _outside(run.addr, run.npages, spans))
+
+
+def _outside(address: int, npages: int, spans: list[tuple[int, int]]) -> list[int]:
+    every = np.arange(address, address + npages * PAGE_SIZE, PAGE_SIZE)
+    for start, end in spans:
+        if start < address + npages * PAGE_SIZE and address < end:
+            every = every[(every < start) | (every >= end)]
+    return [int(at) for at in every]
+
+
+def _check_zero(verdict: Verdict, epoch: Epoch, task: TaskView, addresses: list[int]) -> None:
+    for address in addresses:
+        verdict.compared += 1
+        if any(epoch.read_memory(task, address, PAGE_SIZE)):
+            verdict.wrong.append(address)
+
+
+class Judge:
+    """A witness for a session: remembers what it saw in the last pause."""
+
+    def __init__(self) -> None:
+        self.seen: Seen | None = None
+
+    def __call__(self, process: Any, space: Any) -> None:
+        self.seen = observe(process.pid)
+
+    def judge(self, epoch: Epoch) -> Verdict:
+        """Compare what was seen last with the epoch that was taken in that pause."""
+        if self.seen is None:
+            raise ValueError("nothing was seen yet")
+        return compare(self.seen, epoch)

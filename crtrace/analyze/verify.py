@@ -1,0 +1,192 @@
+"""Re-read a chain down to the last byte and say what is damaged and what that costs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from crtrace.analyze.imagecheck import Finding, check_image
+from crtrace.errors import ChainIncomplete, ImageDamaged
+from crtrace.image.chaindir import INDEX_NAME, PART, image_name
+from crtrace.image.chainindex import IndexEntry
+from crtrace.image.imagefile import Image
+from crtrace.image.pageindex import PageIndex
+from crtrace.image.reader import Chain
+from crtrace.units import PAGE_SIZE
+
+SHOWN_RANGES = 64
+"""Lost address ranges listed for one damage; ``pages_lost`` counts all."""
+
+Progress = Callable[[int, int], None]
+"""Called with the bytes done and the bytes there are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Damage:
+    """One thing that is wrong, and what it costs.
+
+    ``epochs`` are those that may read wrongly or not at all: the one that the file belongs to and
+    those that build on it. ``lost`` are ranges ``(start, end)`` in bytes of ``space``; none when
+    the whole epoch is lost, or nothing but what ``message`` says.
+    """
+
+    file: str
+    record: str = ""
+    offset: int = 0
+    message: str
+    epochs: tuple[int, ...] = ()
+    space: int = 0
+    pages_lost: int = 0
+    lost: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(slots=True)
+class Report:
+    """What ``verify`` found. ``notices`` are oddities that cost nothing."""
+
+    chain: str
+    epochs: list[int] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
+    notices: list[str] = field(default_factory=list)
+    records: int = 0
+    pages: int = 0
+    bytes: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged."""
+        return not self.damage
+
+    def to_json(self) -> dict[str, Any]:
+        """A plain dict for JSON."""
+        return {"ok": self.ok, **asdict(self)}
+
+
+def verify(chain: Chain, epoch: int | None = None, progress: Progress | None = None) -> Report:
+    """Check every byte of the chain, or of one epoch and those it builds on.
+
+    Goes on after damage; the report lists it. Raises ``FormatTooNew`` for what a later version
+    wrote, and ``UsageError`` for an epoch that is not there.
+    """
+    report = Report(str(chain.path))
+    if epoch is None:
+        entries: tuple[IndexEntry, ...] = chain.entries
+        _check_index(chain, report)
+        _check_names(chain, report)
+    else:
+        entries = _ancestors(chain, chain.entry(epoch), report)
+    total = sum(entry.length for entry in entries)
+    for entry in entries:
+        before = report.bytes
+
+        def advance(done: int, before: int = before) -> None:
+            report.bytes = before + done
+            if progress:
+                progress(report.bytes, total)
+
+        _check_epoch(chain, entry, report, advance)
+        report.epochs.append(entry.epoch)
+    return report
+
+
+def _check_index(chain: Chain, report: Report) -> None:
+    for fault in chain.index.faults:
+        if fault.harmless:
+            report.notices.append(
+                f"{INDEX_NAME} at offset {fault.offset:#x}: {fault.message}; the commit was cut "
+                "short and its epoch never existed"
+            )
+            continue
+        number = fault.offset // 128 - 1
+        report.damage.append(
+            Damage(
+                file=INDEX_NAME, record=f"entry {number}", offset=fault.offset,
+                message=f"{fault.message}; the epoch it stood for is lost",
+            )
+        )  # fmt: skip
+
+
+def _check_names(chain: Chain, report: Report) -> None:
+    """Files that no entry speaks of."""
+    expected = {image_name(entry.epoch) for entry in chain.entries}
+    for name in chain.names():
+        if name.endswith(PART):
+            report.notices.append(f"{name} is unfinished; the next writer removes it")
+        elif name.endswith(".img") and name not in expected:
+            report.notices.append(f"{name} has no entry in {INDEX_NAME}: never committed, or lost")
+
+
+def _ancestors(chain: Chain, entry: IndexEntry, report: Report) -> tuple[IndexEntry, ...]:
+    """The entry and those it builds on, oldest first; a missing one is damage."""
+    entries = [entry]
+    try:
+        while parent := chain.parent(entries[-1]):
+            entries.append(parent)
+    except (ChainIncomplete, ImageDamaged) as error:
+        report.damage.append(Damage(file=INDEX_NAME, message=str(error), epochs=(entry.epoch,)))
+    return tuple(reversed(entries))
+
+
+def _dependents(chain: Chain, epoch: int) -> tuple[int, ...]:
+    """The epoch and every later one that builds on it."""
+    found = {epoch}
+    for entry in chain.entries:
+        if not entry.full and entry.parent_epoch in found:
+            found.add(entry.epoch)
+    return tuple(sorted(found))
+
+
+def _check_epoch(
+    chain: Chain, entry: IndexEntry, report: Report, advance: Callable[[int], None]
+) -> None:
+    epochs = _dependents(chain, entry.epoch)
+    name = image_name(entry.epoch)
+    try:
+        image = chain.image(entry)
+    except (ImageDamaged, ChainIncomplete) as error:
+        report.damage.append(Damage(file=name, message=str(error), epochs=epochs))
+        advance(entry.length)
+        return
+    _check_link(chain, image, report, epochs)
+    for found in check_image(image, advance):
+        report.damage.append(_damage(name, found, epochs))
+    report.records += len(image.directory)
+    report.pages += sum(len(index) for space in image.spaces if (index := _index(image, space)))
+    advance(entry.length)
+
+
+def _index(image: Image, space: int) -> PageIndex | None:
+    try:
+        return image.page_index(space)
+    except ImageDamaged:
+        return None
+
+
+def _check_link(chain: Chain, image: Image, report: Report, epochs: tuple[int, ...]) -> None:
+    try:
+        parent = chain.parent(image.entry)
+        if parent is None:
+            return
+        above = chain.image(parent)
+    except ChainIncomplete as error:
+        report.damage.append(Damage(file=image.name, message=str(error), epochs=epochs))
+        return
+    except ImageDamaged:
+        return  # found when the parent's turn came
+    try:
+        image.check_parent(above)
+    except ImageDamaged as error:
+        report.damage.append(Damage(file=image.name, message=str(error), epochs=epochs))
+
+
+def _damage(name: str, found: Finding, epochs: tuple[int, ...]) -> Damage:
+    return Damage(
+        file=name, record=found.record, offset=found.offset, message=found.message,
+        epochs=epochs, space=found.space, pages_lost=found.pages,
+        lost=tuple(_bytes(found.ranges[:SHOWN_RANGES])),
+    )  # fmt: skip
+
+
+def _bytes(ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
+    return ((start * PAGE_SIZE, end * PAGE_SIZE) for start, end in ranges)

@@ -1,0 +1,1 @@
+"""Epochs in the formats of other tools."""

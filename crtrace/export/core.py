@@ -1,0 +1,158 @@
+"""An epoch as an ELF core file, for gdb and its like."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+from crtrace.errors import CrtraceError, UsageError
+from crtrace.export.notes import core_notes
+from crtrace.export.sparsefile import SparseFile, sparse_file
+from crtrace.image.epoch import Epoch, TaskView
+from crtrace.image.resolve import Run, Source
+from crtrace.image.tables import Vma, VmaFlag
+from crtrace.units import PAGE_SIZE
+
+EHDR = struct.Struct("<16sHHIQQQIHHHHHH")
+PHDR = struct.Struct("<IIQQQQQQ")
+SHDR = struct.Struct("<IIQQQQIIQQ")
+IDENT = b"\x7fELF\x02\x01\x01" + bytes(9)
+ET_CORE, EM_X86_64 = 4, 62
+PT_LOAD, PT_NOTE = 1, 4
+PN_XNUM = 0xFFFF
+WRITE_PAGES = 512
+
+MAX_ZEROS = 64 << 30
+"""Zeros longer than this get no bytes in the file, which could grow beyond what file systems
+allow: address sanitizers reserve terabytes."""
+
+
+class Segment(NamedTuple):
+    """One PT_LOAD: ``[start, end)`` of a mapping, with bytes in the file or without."""
+
+    vma: Vma
+    start: int
+    end: int
+    stored: bool
+
+
+def export_core(epoch: Epoch, path: str | os.PathLike[str], *, pid: int | None = None) -> int:
+    """Write the core of one task (by default the first); the number of segments.
+
+    The file is sparse, mode 0600, and appears when it is complete. Pages of mapped files that the
+    chain does not keep have no bytes in it; debuggers take them from the files. Raises
+    ``UsageError`` for a task that is not there, ``CrtraceError`` for one without memory.
+    """
+    task = find_task(epoch, pid)
+    if epoch.arch and epoch.arch.machine != "x86_64":
+        raise CrtraceError(f"cores of {epoch.arch.machine} cannot be written")
+    notes = core_notes(epoch, task)
+    segments = [segment for vma in task.vmas for segment in _segments(epoch, task, vma)]
+    with sparse_file(path) as out:
+        _write_head(out, notes, segments)
+        end = _data_start(notes, segments)
+        for segment in segments:
+            if segment.stored:
+                _write_contents(out, epoch, task, segment, end)
+                end += segment.end - segment.start
+        out.truncate(end)
+    return len(segments)
+
+
+def find_task(epoch: Epoch, pid: int | None) -> TaskView:
+    """The task with that pid, or the first. Raises as ``export_core`` does."""
+    for view in epoch.tasks:
+        if pid is None or view.task.pid == pid:
+            if view.mm is None:
+                raise CrtraceError(f"pid {view.task.pid} has no memory in this epoch")
+            return view
+    known = ", ".join(str(view.task.pid) for view in epoch.tasks) or "none"
+    wanted = "a task" if pid is None else f"pid {pid}"
+    raise UsageError(f"the epoch does not have {wanted}; it has: {known}")
+
+
+def _segments(epoch: Epoch, task: TaskView, vma: Vma) -> Iterator[Segment]:
+    """A mapping as segments, split where bytes begin or end.
+
+    Pages that could not be read are in none: debuggers take a segment without bytes, if they find
+    no file for it, for zeros, and that would be a lie.
+    """
+    held: Segment | None = None
+    for run in epoch.memory_runs(task, vma):
+        if run.source is Source.UNREADABLE:
+            continue
+        end, stored = run.addr + run.npages * PAGE_SIZE, _has_bytes(vma, run)
+        if held and held.stored == stored and held.end == run.addr:
+            held = held._replace(end=end)
+            continue
+        if held:
+            yield held
+        held = Segment(vma, run.addr, end, stored)
+    if held:
+        yield held
+
+
+def _has_bytes(vma: Vma, run: Run) -> bool:
+    if run.source is Source.ZERO:
+        accessible = vma.flags & (VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC)
+        return bool(accessible) and run.npages * PAGE_SIZE <= MAX_ZEROS
+    return run.source in (Source.STORED, Source.OBJECT)
+
+
+def _data_start(notes: bytes, segments: list[Segment]) -> int:
+    return (_notes_start(segments) + len(notes) + PAGE_SIZE - 1) & -PAGE_SIZE
+
+
+def _notes_start(segments: list[Segment]) -> int:
+    count = len(segments) + 1
+    return EHDR.size + count * PHDR.size + (SHDR.size if count >= PN_XNUM else 0)
+
+
+def _write_head(out: SparseFile, notes: bytes, segments: list[Segment]) -> None:
+    count = len(segments) + 1
+    many = count >= PN_XNUM
+    section = EHDR.size + count * PHDR.size
+    parts = [
+        EHDR.pack(
+            IDENT, ET_CORE, EM_X86_64, 1, 0, EHDR.size, section if many else 0, 0, EHDR.size,
+            PHDR.size, PN_XNUM if many else count, SHDR.size if many else 0, int(many), 0,
+        ),
+        PHDR.pack(PT_NOTE, 0, _notes_start(segments), 0, 0, len(notes), 0, 4),
+        *_program_headers(segments, _data_start(notes, segments)),
+    ]  # fmt: skip
+    if many:
+        # The count does not fit its 16 bits: it is where section header 0 keeps sh_info.
+        parts.append(SHDR.pack(0, 0, 0, 0, 0, 1, 0, count, 0, 0))
+    out.write(b"".join(parts) + notes, 0)
+
+
+def _program_headers(segments: list[Segment], offset: int) -> Iterator[bytes]:
+    for vma, start, end, stored in segments:
+        size = end - start
+        bits = ((VmaFlag.READ, 4), (VmaFlag.WRITE, 2), (VmaFlag.EXEC, 1))
+        flags = sum(bit for flag, bit in bits if vma.flags & flag)
+        in_file = size if stored else 0
+        yield PHDR.pack(PT_LOAD, flags, offset, start, 0, in_file, size, PAGE_SIZE)
+        offset += in_file
+
+
+def _write_contents(
+    out: SparseFile, epoch: Epoch, task: TaskView, segment: Segment, offset: int
+) -> None:
+    for addr, npages in pieces(epoch, task, segment.vma, segment.start, segment.end):
+        data = epoch.read_run(task, segment.vma, addr, npages)
+        out.write_pages(data, offset + addr - segment.start)
+
+
+def pieces(
+    epoch: Epoch, task: TaskView, vma: Vma, start: int, end: int
+) -> Iterator[tuple[int, int]]:
+    """Address and number of pages, 512 at most, of everything stored in a part of a mapping."""
+    part = replace(vma, start=start, end=end, pgoff=vma.pgoff + start - vma.start)
+    for run in epoch.memory_runs(task, part):
+        if run.source in (Source.STORED, Source.OBJECT):
+            for done in range(0, run.npages, WRITE_PAGES):
+                yield run.addr + done * PAGE_SIZE, min(WRITE_PAGES, run.npages - done)

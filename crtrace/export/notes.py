@@ -1,0 +1,93 @@
+"""The notes of an x86-64 ELF core: the kernel's structures, as gdb and readelf expect them."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+
+from crtrace.errors import CrtraceError
+from crtrace.image.epoch import Epoch, TaskView, ThreadView
+from crtrace.image.records import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Task
+from crtrace.units import PAGE_SIZE
+
+NT_PRPSINFO, NT_AUXV = 3, 6
+NT_SIGINFO, NT_FILE = 0x53494749, 0x46494C45
+
+NOTE = struct.Struct("<III")
+PRSTATUS = struct.Struct("<iiihxxQQiiii64x216sixxxx")
+PRPSINFO = struct.Struct("<bbbbxxxxQIIiiii16s80s")
+STATES = "RSDTZW"
+USER_REGS = 27 * 8
+SIGINFO_SIZE = 128
+
+
+def core_notes(epoch: Epoch, task: TaskView) -> bytes:
+    """All notes in the kernel's order: the main thread, the process, then the other threads.
+
+    Raises ``CrtraceError`` when no thread has registers: debuggers refuse such a core.
+    """
+    threads = sorted(task.threads, key=lambda view: view.thread.tid != task.task.pid)
+    threads = [view for view in threads if view.cpu and len(view.cpu.get(NT_PRSTATUS))]
+    if not threads:
+        raise CrtraceError(f"pid {task.task.pid} has no registers in this epoch: no core")
+    parts = [_note(NT_PRSTATUS, _prstatus(task.task, threads[0])), *_process(epoch, task)]
+    parts += _float_notes(threads[0])
+    for view in threads[1:]:
+        parts += [_note(NT_PRSTATUS, _prstatus(task.task, view)), *_float_notes(view)]
+    return b"".join(parts)
+
+
+def _process(epoch: Epoch, task: TaskView) -> Iterator[bytes]:
+    yield _note(NT_PRPSINFO, _prpsinfo(task.task))
+    yield _note(NT_SIGINFO, bytes(SIGINFO_SIZE))  # no signal: it was alive and well
+    if task.mm and task.mm.auxv:
+        yield _note(NT_AUXV, task.mm.auxv)
+    yield _note(NT_FILE, _file_note(epoch, task))
+
+
+def _float_notes(view: ThreadView) -> Iterator[bytes]:
+    for kind, name in ((NT_PRFPREG, b"CORE"), (NT_X86_XSTATE, b"LINUX")):
+        data = view.cpu.get(kind) if view.cpu else b""
+        if data:
+            yield _note(kind, data, name)
+
+
+def _note(kind: int, data: bytes, name: bytes = b"CORE") -> bytes:
+    named = name + b"\0"
+    head = NOTE.pack(len(named), len(data), kind)
+    return head + named + bytes(-len(named) % 4) + data + bytes(-len(data) % 4)
+
+
+def _prstatus(task: Task, view: ThreadView) -> bytes:
+    thread = view.thread
+    registers = view.cpu.get(NT_PRSTATUS) if view.cpu else b""
+    if len(registers) != USER_REGS:
+        raise CrtraceError(
+            f"thread {thread.tid} has {len(registers)} bytes of registers, expected {USER_REGS}"
+        )
+    has_float = bool(view.cpu and view.cpu.get(NT_PRFPREG))
+    return PRSTATUS.pack(
+        0, 0, 0, 0, thread.pending, thread.sigmask, thread.tid, task.ppid, task.pgid, task.sid,
+        registers, has_float,
+    )  # fmt: skip
+
+
+def _prpsinfo(task: Task) -> bytes:
+    state = max(STATES.find(task.state), 0)
+    arguments = task.cmdline.rstrip(b"\0").replace(b"\0", b" ")[:79]
+    name = task.comm.encode("utf-8", "surrogateescape")[:15]
+    return PRPSINFO.pack(
+        state, ord(STATES[state]), task.state == "Z", 0, 0, task.uid[0], task.gid[0],
+        task.pid, task.ppid, task.pgid, task.sid, name, arguments,
+    )  # fmt: skip
+
+
+def _file_note(epoch: Epoch, task: TaskView) -> bytes:
+    """Which file is mapped where: this is how a debugger finds the libraries."""
+    rows, names = [], []
+    for vma in task.vmas:
+        file = epoch.files.get(vma.file)
+        if file:
+            rows.append(struct.pack("<QQQ", vma.start, vma.end, vma.pgoff // PAGE_SIZE))
+            names.append(file.path.encode("utf-8", "surrogateescape") + b"\0")
+    return struct.pack("<QQ", len(rows), PAGE_SIZE) + b"".join(rows) + b"".join(names)

@@ -1,0 +1,239 @@
+"""``chain.idx``: which epochs exist. Fixed-size entries, each with its own checksum."""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from xxhash import xxh3_64_intdigest
+
+from crtrace.errors import FormatTooNew, ImageDamaged
+from crtrace.image.chaindir import INDEX_NAME, PART, ChainDir, explained
+from crtrace.image.framing import MAJOR, MINOR
+from crtrace.image.header import NO_EPOCH, NO_ID
+
+INDEX_MAGIC = b"\x89crtidx\n"
+HEADER = struct.Struct("<8sII16sQ80x")
+ENTRY = struct.Struct("<Q16s16sQIIQ16sQQQQQ")
+SUM = struct.Struct("<Q")
+ENTRY_SIZE = 128
+IS_FULL = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IndexEntry:
+    """One committed epoch, as the index has it."""
+
+    epoch: int
+    image_id: bytes
+    parent_id: bytes = NO_ID
+    parent_epoch: int = NO_EPOCH
+    flags: int = IS_FULL
+    length: int
+    image_hash: bytes
+    wall_ns: int = 0
+    pages_written: int = 0
+    pages_hole: int = 0
+    bytes_raw: int = 0
+    bytes_stored: int = 0
+
+    @property
+    def full(self) -> bool:
+        """Whether the image needs no parent."""
+        return bool(self.flags & IS_FULL)
+
+    def pack(self, chain_id: bytes) -> bytes:
+        """The 128 bytes of the entry in that chain."""
+        data = ENTRY.pack(
+            self.epoch, self.image_id, self.parent_id, self.parent_epoch, self.flags, 0,
+            self.length, self.image_hash, self.wall_ns, self.pages_written, self.pages_hole,
+            self.bytes_raw, self.bytes_stored,
+        )  # fmt: skip
+        return data + SUM.pack(xxh3_64_intdigest(chain_id + data))
+
+    @classmethod
+    def unpack(cls, data: bytes, chain_id: bytes) -> Self | None:
+        """The entry, or None when its checksum is not that of an entry of this chain."""
+        body = data[: ENTRY.size]
+        if SUM.unpack(data[ENTRY.size :])[0] != xxh3_64_intdigest(chain_id + body):
+            return None
+        (epoch, image_id, parent_id, parent_epoch, flags, _, length, image_hash, wall_ns,
+         written, holes, raw, stored) = ENTRY.unpack(body)  # fmt: skip
+        return cls(
+            epoch=epoch, image_id=image_id, parent_id=parent_id, parent_epoch=parent_epoch,
+            flags=flags, length=length, image_hash=image_hash, wall_ns=wall_ns,
+            pages_written=written, pages_hole=holes, bytes_raw=raw, bytes_stored=stored,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """Something wrong with the index. ``harmless``: what a commit that was cut short leaves."""
+
+    offset: int
+    message: str
+    harmless: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChainIndex:
+    """The contents of ``chain.idx``; ``end`` is where the next entry goes."""
+
+    chain_id: bytes
+    created_ns: int
+    entries: tuple[IndexEntry, ...]
+    faults: tuple[Fault, ...]
+    end: int
+
+    @property
+    def broken(self) -> bool:
+        """Whether an entry is wrong that a writer cut short cannot have left so."""
+        return any(fault.offset < self.end for fault in self.faults)
+
+    @classmethod
+    def read(cls, directory: ChainDir) -> Self:
+        """Raises ``ImageDamaged`` when the header is wrong; wrong entries become ``faults``."""
+        path = directory.path / INDEX_NAME
+        with explained("reading", path):
+            fd = directory.open_file(INDEX_NAME)
+            try:
+                data = _read_all(fd)
+            finally:
+                os.close(fd)
+        chain_id, created_ns = _check_header(data[:ENTRY_SIZE], path)
+        entries, faults, end = _parse(data, chain_id)
+        return cls(chain_id, created_ns, tuple(entries), tuple(faults), end)
+
+
+def _read_all(fd: int) -> bytes:
+    parts = []
+    while part := os.read(fd, 1 << 20):
+        parts.append(part)
+    return b"".join(parts)
+
+
+def pack_header(chain_id: bytes, created_ns: int) -> bytes:
+    """The first 128 bytes of ``chain.idx``."""
+    data = HEADER.pack(INDEX_MAGIC, MAJOR, MINOR, chain_id, created_ns)
+    return data + SUM.pack(xxh3_64_intdigest(data))
+
+
+def _check_header(data: bytes, path: Path) -> tuple[bytes, int]:
+    if len(data) < ENTRY_SIZE:
+        raise ImageDamaged(f"{path} has {len(data)} bytes, its header alone takes {ENTRY_SIZE}")
+    magic, major, minor, chain_id, created_ns = HEADER.unpack(data[: HEADER.size])
+    if magic != INDEX_MAGIC:
+        raise ImageDamaged(f"{path}: magic is {magic.hex()}, expected {INDEX_MAGIC.hex()}")
+    found, expected = SUM.unpack(data[HEADER.size :])[0], xxh3_64_intdigest(data[: HEADER.size])
+    if found != expected:
+        raise ImageDamaged(f"{path}: header checksum is {expected:016x}, expected {found:016x}")
+    if major != MAJOR:
+        raise FormatTooNew(
+            f"{path}: format version is {major}.{minor}; this crtrace reads version {MAJOR}",
+            hint="use the crtrace that wrote the chain, or a later one",
+        )
+    return chain_id, created_ns
+
+
+def _parse(data: bytes, chain_id: bytes) -> tuple[list[IndexEntry], list[Fault], int]:
+    """The entries of the whole file, what is wrong, and where the next entry goes."""
+    entries: list[IndexEntry] = []
+    faults: list[Fault] = []
+    whole = len(data) - len(data) % ENTRY_SIZE
+    end = ENTRY_SIZE
+    for offset in range(ENTRY_SIZE, whole, ENTRY_SIZE):
+        entry = IndexEntry.unpack(data[offset : offset + ENTRY_SIZE], chain_id)
+        message = _wrong(entry, entries)
+        if entry is None or message:
+            blank = not any(data[offset : offset + ENTRY_SIZE])
+            last = offset + ENTRY_SIZE == whole
+            faults.append(Fault(offset, message, blank and last))
+        else:
+            entries.append(entry)
+            end = offset + ENTRY_SIZE
+    if whole < len(data):
+        faults.append(Fault(whole, f"{len(data) - whole} bytes of an entry cut short", True))
+    return entries, faults, end
+
+
+def _wrong(entry: IndexEntry | None, before: list[IndexEntry]) -> str:
+    if entry is None:
+        return "the checksum of the entry is wrong"
+    if before and entry.epoch <= before[-1].epoch:
+        return f"epoch {entry.epoch} follows epoch {before[-1].epoch}"
+    if entry.flags & ~IS_FULL:
+        return f"flags are {entry.flags:#x}, expected 0 or 1"
+    if not entry.full and entry.parent_epoch >= entry.epoch:
+        return f"epoch {entry.epoch} has the later epoch {entry.parent_epoch} as its parent"
+    return ""
+
+
+class IndexFile:
+    """``chain.idx`` open for appending."""
+
+    def __init__(self, directory: ChainDir, index: ChainIndex) -> None:
+        self._path = directory.path / INDEX_NAME
+        self._chain_id = index.chain_id
+        self._end = index.end
+        self._fd = directory.open_file(INDEX_NAME, os.O_RDWR)
+        try:
+            with explained("writing", self._path):
+                # What follows the last whole entry never existed: FORMAT.md, "chain.idx".
+                os.ftruncate(self._fd, self._end)
+        except BaseException:
+            os.close(self._fd)
+            raise
+
+    def append(self, entry: IndexEntry) -> None:
+        """Write the entry: when this returns, the epoch exists; when it raises, it does not."""
+        data = entry.pack(self._chain_id)
+        with explained("writing", self._path):
+            try:
+                if os.pwrite(self._fd, data, self._end) != len(data):
+                    raise OSError(28, "No space left on device")
+                os.fdatasync(self._fd)
+            except BaseException:
+                os.ftruncate(self._fd, self._end)
+                raise
+        self._end += len(data)
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def create_index(directory: ChainDir, chain_id: bytes, created_ns: int) -> None:
+    """Make the ``chain.idx`` of a new chain: whole, or not there."""
+    fd = directory.create(INDEX_NAME + PART)
+    try:
+        with explained("writing", directory.path / INDEX_NAME):
+            os.pwrite(fd, pack_header(chain_id, created_ns), 0)
+        directory.publish(fd, INDEX_NAME)
+    except BaseException:
+        directory.remove(INDEX_NAME + PART)
+        raise
+    finally:
+        os.close(fd)
+
+
+def field_dict(entry: IndexEntry) -> dict[str, Any]:
+    """The entry for JSON: ids and hash in hexadecimal, no parent as None."""
+    parent = None if entry.full else entry.parent_epoch
+    return {
+        "epoch": entry.epoch,
+        "full": entry.full,
+        "parent_epoch": parent,
+        "image_id": entry.image_id.hex(),
+        "image_hash": entry.image_hash.hex(),
+        "wall_ns": entry.wall_ns,
+        "length": entry.length,
+        "pages_written": entry.pages_written,
+        "pages_hole": entry.pages_hole,
+        "bytes_raw": entry.bytes_raw,
+        "bytes_stored": entry.bytes_stored,
+    }

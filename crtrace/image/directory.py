@@ -1,0 +1,45 @@
+"""The directory of an image: where its records are."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from crtrace.errors import FormatTooNew, ImageDamaged
+from crtrace.image.framing import DIRECTORY_ROW, HEADER, OPTIONAL, RecordType
+
+Directory = np.ndarray[tuple[int], np.dtype[np.void]]
+
+
+def unpack_directory(payload: bytes, end: int, where: str) -> Directory:
+    """The rows of a directory that describes the records from offset 0 up to ``end``.
+
+    Raises ``ImageDamaged`` unless ids count from 1 and records lie back to back, ``FormatTooNew``
+    for a record that must not be passed over and is not known.
+    """
+    rows = np.frombuffer(payload, dtype=DIRECTORY_ROW)
+    _check_places(rows, end, where)
+    _check_types(rows, where)
+    return rows
+
+
+def _check_places(rows: Directory, end: int, where: str) -> None:
+    if not len(rows) or (rows["length"] > end).any():
+        raise ImageDamaged(f"{where}: a record is longer than the file, or there is none")
+    padding = (-rows["length"].astype(np.int64) % 8).astype(np.uint64)
+    ends = np.cumsum(HEADER.size + rows["length"] + padding)
+    starts = np.concatenate(([np.uint64(0)], ends[:-1]))
+    ids = np.arange(1, len(rows) + 1)
+    if ends[-1] != end or (starts != rows["offset"]).any() or (ids != rows["id"]).any():
+        raise ImageDamaged(f"{where}: records do not lie back to back")
+
+
+def _check_types(rows: Directory, where: str) -> None:
+    known = (rows["type"] >= RecordType.IMAGE) & (rows["type"] <= RecordType.STATS)
+    bad = (rows["flags"] & ~np.uint32(OPTIONAL) != 0) | ~(known | (rows["flags"] == OPTIONAL))
+    if bad.any():
+        row = rows[np.flatnonzero(bad)[0]]
+        raise FormatTooNew(
+            f"{where}: record {row['id']} of type {row['type']} with flags {row['flags']:#x} is "
+            "not known to this crtrace",
+            hint="use the crtrace that wrote the chain, or a later one",
+        )

@@ -1,0 +1,272 @@
+"""One image, read: nothing in it is believed before it is checked."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+from xxhash import xxh3_64, xxh3_128_digest
+
+from crtrace.errors import ImageDamaged
+from crtrace.image.chaindir import image_name
+from crtrace.image.chainindex import IndexEntry
+from crtrace.image.chunk import Chunk, unpack_chunk
+from crtrace.image.directory import Directory, unpack_directory
+from crtrace.image.filepool import FilePool
+from crtrace.image.framing import (
+    DIRECTORY_ROW,
+    HEADER,
+    MAX_CHUNK,
+    MAX_PAYLOAD,
+    TAIL,
+    TAIL_MAGIC,
+    TAIL_SIZE,
+    RecordHeader,
+    RecordType,
+    Tail,
+    padding,
+    type_name,
+)
+from crtrace.image.header import ImageHeader, Stats
+from crtrace.image.losses import Unreadable
+from crtrace.image.pageindex import PageIndex
+from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
+from crtrace.image.tables import Files, Vmas
+
+SLICE = 1 << 20
+
+RECORDS = {
+    kind.TYPE: kind
+    for kind in (ImageHeader, Arch, Task, Mm, Vmas, Files, Thread, Cpu, Unreadable, Stats)
+}
+AnyRecord = ImageHeader | Arch | Task | Mm | Vmas | Files | Thread | Cpu | Unreadable | Stats
+T = TypeVar("T", ImageHeader, Arch, Task, Mm, Vmas, Files, Thread, Cpu, Unreadable, Stats)
+
+
+class Image:
+    """The image of one index entry, with its tail, directory and header checked on opening.
+
+    Records are read, checked and unpacked when asked for. Not for several threads at once.
+    Raises ``ImageDamaged``, ``ChainIncomplete`` or ``FormatTooNew``, from any method.
+    """
+
+    def __init__(self, files: FilePool, entry: IndexEntry, chain_id: bytes) -> None:
+        self.entry = entry
+        self.name = image_name(entry.epoch)
+        self.path = files.directory.path / self.name
+        self._files = files
+        self._indexes: dict[int, PageIndex] = {}
+        length = os.fstat(files.get(self.name)).st_size
+        if length != entry.length:
+            raise ImageDamaged(
+                f"{self.path}: file length is {length}, expected {entry.length}",
+                hint="cut short or copied incompletely",
+            )
+        self._check_version()
+        self.tail = self._read_tail(length)
+        self.directory = self._read_directory()
+        self.header = self._read_header(chain_id)
+        self._spaces = self._find_spaces()
+
+    def read(self, offset: int, length: int) -> bytes:
+        """Bytes of the file; they must be there."""
+        parts = []
+        while length:
+            try:
+                part = os.pread(self._files.get(self.name), min(length, 1 << 30), offset)
+            except OSError as error:
+                reason = (error.strerror or str(error)).lower()
+                raise ImageDamaged(f"{self.path}: {reason} at offset {offset:#x}") from error
+            if not part:
+                raise ImageDamaged(f"{self.path}: file ends at offset {offset:#x}")
+            parts.append(part)
+            offset, length = offset + len(part), length - len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _check_version(self) -> None:
+        """Another major version is told from damage by what stays the same in all of them."""
+        if self.entry.length < HEADER.size + TAIL_SIZE + ImageHeader.FIXED.size:
+            raise ImageDamaged(f"{self.path}: {self.entry.length} bytes are no image")
+        header = RecordHeader.unpack(self.read(0, HEADER.size))
+        if header.type != RecordType.IMAGE or header.length > self.entry.length - HEADER.size:
+            raise ImageDamaged(f"{self.path}: does not begin with an IMAGE record")
+        payload = self.read(HEADER.size, min(header.length, MAX_PAYLOAD))
+        where = f"{self.path}: IMAGE 1 at offset 0x0"
+        _check_sum(header, payload, where)
+        ImageHeader.unpack(payload, where)
+
+    def _read_tail(self, length: int) -> Tail:
+        offset = length - TAIL_SIZE
+        where = f"{self.path}: TAIL at offset {offset:#x}"
+        data = self.read(offset, TAIL_SIZE)
+        header = RecordHeader.unpack(data[: HEADER.size])
+        payload = data[HEADER.size :]
+        magic, *fields = TAIL.unpack(payload)
+        if magic != TAIL_MAGIC:
+            raise ImageDamaged(f"{where}: magic is {magic.hex()}, expected {TAIL_MAGIC.hex()}")
+        _check_sum(header, payload, where)
+        tail = Tail(*fields)
+        end = tail.directory_offset + HEADER.size + tail.directory_length
+        rows, rest = divmod(tail.directory_length, DIRECTORY_ROW.itemsize)
+        if tail.file_length != length or end != offset or rest:
+            raise ImageDamaged(f"{where}: directory or file length do not fit the file")
+        expected = (RecordType.TAIL, 0, TAIL.size, rows + 2, 0)
+        if (header.type, header.flags, header.length, header.id, header.parent) != expected:
+            raise ImageDamaged(f"{where}: its record header is not that of a tail")
+        if tail.image_hash != self.entry.image_hash:
+            raise ImageDamaged(
+                f"{where}: image hash is {tail.image_hash.hex()}, the index entry expects "
+                f"{self.entry.image_hash.hex()}"
+            )
+        return tail
+
+    def _read_directory(self) -> Directory:
+        offset, length = self.tail.directory_offset, self.tail.directory_length
+        where = f"{self.path}: DIRECTORY at offset {offset:#x}"
+        header = RecordHeader.unpack(self.read(offset, HEADER.size))
+        payload = self.read(offset + HEADER.size, length)
+        expected = (RecordType.DIRECTORY, 0, length, length // DIRECTORY_ROW.itemsize + 1, 0)
+        if (header.type, header.flags, header.length, header.id, header.parent) != expected:
+            raise ImageDamaged(f"{where}: its record header is not that of the directory")
+        _check_sum(header, payload, where)
+        found = xxh3_128_digest(payload)
+        if found != self.tail.image_hash:
+            raise ImageDamaged(
+                f"{where}: hash is {found.hex()}, expected {self.tail.image_hash.hex()}"
+            )
+        return unpack_directory(payload, offset, where)
+
+    def _read_header(self, chain_id: bytes) -> ImageHeader:
+        header = self.record(1)
+        if not isinstance(header, ImageHeader):
+            raise ImageDamaged(f"{self.where(1)}: the first record is no IMAGE")
+        entry = self.entry
+        expected = (chain_id, entry.image_id, entry.epoch, entry.full, entry.parent_id)
+        found = (header.chain_id, header.image_id, header.epoch, header.full, header.parent_id)
+        if found != expected or header.parent_epoch != entry.parent_epoch:
+            raise ImageDamaged(f"{self.where(1)}: does not belong to its index entry")
+        return header
+
+    def _find_spaces(self) -> dict[int, int]:
+        """Space -> id of its page index."""
+        spaces: dict[int, int] = {}
+        for number in self.ids(RecordType.PAGE_INDEX):
+            row = self.directory[number - 1]
+            if row["length"] < 16:
+                raise ImageDamaged(f"{self.where(number)}: too short for a page index")
+            head = self.read(int(row["offset"]) + HEADER.size, 4)
+            space = int.from_bytes(head, "little")
+            if space in spaces:
+                raise ImageDamaged(f"{self.where(number)}: space {space} has two page indexes")
+            spaces[space] = number
+        return spaces
+
+    def index_id(self, space: int) -> int:
+        """The id of the page index of a space of this epoch."""
+        return self._spaces[space]
+
+    @property
+    def spaces(self) -> list[int]:
+        """The spaces that exist in this epoch."""
+        return sorted(self._spaces)
+
+    def where(self, number: int) -> str:
+        """A record for messages: "DIR/00000000.img: CHUNK 17 at offset 0x4a000"."""
+        row = self.directory[number - 1]
+        return f"{self.path}: {type_name(int(row['type']))} {number} at offset {row['offset']:#x}"
+
+    def ids(self, kind: RecordType) -> list[int]:
+        """The ids of the records of a type, ascending."""
+        found: list[int] = (np.flatnonzero(self.directory["type"] == kind) + 1).tolist()
+        return found
+
+    def check_header(self, number: int) -> RecordHeader:
+        """The header of a record, which must say what the directory says."""
+        row = self.directory[number - 1]
+        header = RecordHeader.unpack(self.read(int(row["offset"]), HEADER.size))
+        found = header.type, header.id, header.parent, header.flags, header.length, header.checksum
+        names = ("type", "id", "parent", "flags", "length", "checksum")
+        if found != tuple(int(row[name]) for name in names):
+            raise ImageDamaged(f"{self.where(number)}: its header differs from the directory")
+        return header
+
+    def slices(self, number: int) -> Iterator[bytes]:
+        """The payload in pieces of up to 1 MiB; the checksum is checked after the last."""
+        header = self.check_header(number)
+        state = xxh3_64(header.pack()[:24])
+        start = int(self.directory[number - 1]["offset"]) + HEADER.size
+        for at in range(0, header.length, SLICE):
+            part = self.read(start + at, min(SLICE, header.length - at))
+            state.update(part)
+            yield part
+        _compare(state.intdigest(), header.checksum, self.where(number))
+
+    def payload(self, number: int) -> bytes:
+        """The whole checked payload of a record."""
+        row = self.directory[number - 1]
+        limit = MAX_CHUNK if row["type"] == RecordType.CHUNK else MAX_PAYLOAD
+        if row["length"] > limit:
+            raise ImageDamaged(f"{self.where(number)}: payload of {row['length']} bytes")
+        header = self.check_header(number)
+        data = self.span(number, 0, header.length)
+        _check_sum(header, data, self.where(number))
+        return data
+
+    def span(self, number: int, at: int, length: int) -> bytes:
+        """Part of a payload, unchecked: for what was checked before."""
+        return self.read(int(self.directory[number - 1]["offset"]) + HEADER.size + at, length)
+
+    def padding(self, number: int) -> bytes:
+        """What follows a payload; must be zeros."""
+        row = self.directory[number - 1]
+        length = int(row["length"])
+        return self.read(int(row["offset"]) + HEADER.size + length, padding(length))
+
+    def record(self, number: int) -> AnyRecord:
+        """A record of ``RECORDS`` unpacked."""
+        kind = RECORDS[RecordType(int(self.directory[number - 1]["type"]))]
+        return kind.unpack(self.payload(number), self.where(number))
+
+    def records(self, kind: type[T]) -> Iterator[tuple[int, int, T]]:
+        """Id, parent and contents of every record of a class."""
+        for number in self.ids(kind.TYPE):
+            record = self.record(number)
+            assert isinstance(record, kind)
+            yield number, int(self.directory[number - 1]["parent"]), record
+
+    def chunk(self, number: int) -> Chunk:
+        """A chunk, decompressed."""
+        where = self.where(number)
+        if self.directory[number - 1]["type"] != RecordType.CHUNK:
+            raise ImageDamaged(f"{where}: a page index takes it for a chunk")
+        return unpack_chunk(self.payload(number), where)
+
+    def page_index(self, space: int) -> PageIndex | None:
+        """What this image says of a space; None when the space does not exist in it."""
+        if space not in self._spaces:
+            return None
+        if space not in self._indexes:
+            self._indexes[space] = PageIndex(self, self._spaces[space])
+        return self._indexes[space]
+
+    def check_parent(self, parent: Image) -> None:
+        """Raise ``ImageDamaged`` unless this image was made on top of that one."""
+        answers = parent.tail.image_hash, parent.header.replaced_hash
+        if self.header.parent_id != parent.header.image_id:
+            raise ImageDamaged(f"{self.path}: made on top of another image than {parent.path}")
+        if self.header.parent_hash not in answers:
+            raise ImageDamaged(
+                f"{self.path}: parent's image hash is {answers[0].hex()}, expected "
+                f"{self.header.parent_hash.hex()}"
+            )
+
+
+def _check_sum(header: RecordHeader, payload: bytes, where: str) -> None:
+    _compare(header.sealed([payload]).checksum, header.checksum, where)
+
+
+def _compare(found: int, expected: int, where: str) -> None:
+    if found != expected:
+        raise ImageDamaged(f"{where}: checksum is {found:016x}, expected {expected:016x}")

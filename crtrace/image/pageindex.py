@@ -1,0 +1,164 @@
+"""The page index of one space in one image, searched on disk: memory does not grow with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from crtrace.errors import ImageDamaged
+from crtrace.image.framing import INDEX_HEAD
+from crtrace.image.places import PAGE_LIMIT, PageKind, kinds
+from crtrace.units import U64, Bools
+
+if TYPE_CHECKING:
+    from crtrace.image.imagefile import Image
+
+FENCE_ROWS = 1024
+"""Every so many rows, one page number stays in memory: 8 bytes for 8 KiB of the column."""
+MAX_ROWS = 1 << 16
+"""Most rows read at once by a search."""
+COLUMN_BYTES = (8, 8, 16)
+
+
+@dataclass(frozen=True, slots=True)
+class IndexRows:
+    """Some rows of an index: pages ``(n,)`` ascending, places ``(n,)``, hashes ``(n, 2)``."""
+
+    pages: U64
+    places: U64
+    hashes: U64
+
+
+class PageIndex:
+    """The rows of a PAGE_INDEX record, checked as a whole once, then read as needed."""
+
+    def __init__(self, image: Image, number: int) -> None:
+        self._image = image
+        self._number = number
+        self._rows = 0
+        self._fences = self._check()
+
+    def __len__(self) -> int:
+        """Rows."""
+        return self._rows
+
+    @property
+    def fences(self) -> U64:
+        """Every 1024th page number, from the first."""
+        return self._fences
+
+    def _check(self) -> U64:
+        """Read everything once: checksum, order of the pages."""
+        where = self._image.where(self._number)
+        fences = [np.empty(0, dtype=np.uint64)]
+        at, reach = 0, -1
+        for piece in self._image.slices(self._number):
+            if not at:
+                self._rows = self._count(piece, where)
+            pages, first = _pages_in(piece, at, self._rows)
+            at += len(piece)
+            if len(pages):
+                if int(pages[0]) <= reach or (pages[1:] <= pages[:-1]).any():
+                    raise ImageDamaged(f"{where}: page numbers do not ascend")
+                reach = int(pages[-1])
+                fences.append(pages[-first % FENCE_ROWS :: FENCE_ROWS])
+        if reach >= PAGE_LIMIT:
+            raise ImageDamaged(f"{where}: page number {reach:#x} is not below 2^52")
+        return np.concatenate(fences)
+
+    def _count(self, piece: bytes, where: str) -> int:
+        length = int(self._image.directory[self._number - 1]["length"])
+        _, _, rows = INDEX_HEAD.unpack_from(piece)
+        if INDEX_HEAD.size + rows * sum(COLUMN_BYTES) != length:
+            raise ImageDamaged(f"{where}: {rows} rows do not fit a payload of {length} bytes")
+        return int(rows)
+
+    def _column(self, column: int, start: int, end: int) -> U64:
+        """Rows ``[start, end)`` of a column, as uint64: 1 a row, of hashes 2."""
+        base = INDEX_HEAD.size + self._rows * sum(COLUMN_BYTES[:column])
+        size = COLUMN_BYTES[column]
+        data = self._image.span(self._number, base + start * size, (end - start) * size)
+        return np.frombuffer(data, dtype="<u8")
+
+    def find(self, pages: U64) -> tuple[Bools, U64, U64]:
+        """Which of ``pages`` (ascending) have a row; place and row number of those that do."""
+        if not len(pages) or not self._rows:
+            none = np.empty(0, dtype=np.uint64)
+            return np.zeros(len(pages), dtype=np.bool_), none, none
+        ends = np.searchsorted(self._fences, pages[[0, -1]], side="right")
+        start = max(int(ends[0]) - 1, 0) * FENCE_ROWS
+        end = min(int(ends[1]) * FENCE_ROWS, self._rows)
+        if end - start > MAX_ROWS and len(pages) > 1:
+            return self._find_halves(pages)
+        return self._find_between(pages, start, end)
+
+    def _find_halves(self, pages: U64) -> tuple[Bools, U64, U64]:
+        half = len(pages) // 2
+        low, high = self.find(pages[:half]), self.find(pages[half:])
+        found, places, rows = (np.concatenate(pair) for pair in zip(low, high, strict=True))
+        return found, places, rows
+
+    def _find_between(self, pages: U64, start: int, end: int) -> tuple[Bools, U64, U64]:
+        have = self._column(0, start, end)
+        at = np.searchsorted(have, pages)
+        found = at < len(have)
+        found[found] = have[at[found]] == pages[found]
+        at = at[found]
+        if not len(at):
+            none = np.empty(0, dtype=np.uint64)
+            return found, none, none
+        places = self._column(1, start + int(at[0]), start + int(at[-1]) + 1)[at - at[0]]
+        self._check_kinds(places)
+        return found, places, at.astype(np.uint64) + np.uint64(start)
+
+    def _check_kinds(self, places: U64) -> None:
+        if len(places) and kinds(places).max() > PageKind.UNREADABLE:
+            where = self._image.where(self._number)
+            raise ImageDamaged(f"{where}: a page of kind {kinds(places).max()}, expected 0 to 3")
+
+    def hashes(self, rows: U64) -> U64:
+        """The hashes, ``(n, 2)``, of rows given ascending."""
+        if not len(rows):
+            return np.empty((0, 2), dtype=np.uint64)
+        start, end = int(rows[0]), int(rows[-1]) + 1
+        if end - start > MAX_ROWS and len(rows) > 1:
+            half = len(rows) // 2
+            return np.concatenate((self.hashes(rows[:half]), self.hashes(rows[half:])))
+        hashes: U64 = self._column(2, start, end).reshape(-1, 2)[rows - np.uint64(start)]
+        return hashes
+
+    def rows(self, start: int, end: int) -> IndexRows:
+        """Rows ``[start, end)`` with all columns."""
+        pages, places, hashes = (self._column(column, start, end) for column in range(3))
+        self._check_kinds(places)
+        return IndexRows(pages, places, hashes.reshape(-1, 2))
+
+    def between(self, first: int, end: int) -> IndexRows:
+        """The rows of the pages ``[first, end)``."""
+        return self.rows(self._row_of(first), self._row_of(end))
+
+    def at_or_after(self, page: int) -> int:
+        """The first page with a row that is not below ``page``; ``PAGE_LIMIT`` for none."""
+        row = self._row_of(page)
+        return int(self._column(0, row, row + 1)[0]) if row < self._rows else PAGE_LIMIT
+
+    def _row_of(self, page: int) -> int:
+        """The number of rows with pages below ``page``."""
+        block = int(np.searchsorted(self._fences, np.uint64(page), side="left")) - 1
+        if block < 0:
+            return 0
+        start = block * FENCE_ROWS
+        have = self._column(0, start, min(start + FENCE_ROWS, self._rows))
+        return start + int(np.searchsorted(have, np.uint64(page)))
+
+
+def _pages_in(piece: bytes, at: int, rows: int) -> tuple[U64, int]:
+    """The page numbers in the piece of the payload at offset ``at``, and the first one's row."""
+    column = INDEX_HEAD.size, INDEX_HEAD.size + 8 * rows
+    start, end = max(at, column[0]), min(at + len(piece), column[1])
+    if start >= end:
+        return np.empty(0, dtype=np.uint64), 0
+    pages = np.frombuffer(piece, dtype="<u8", count=(end - start) // 8, offset=start - at)
+    return pages, (start - column[0]) // 8

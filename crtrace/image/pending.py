@@ -1,0 +1,146 @@
+"""The page entries of an epoch under way, kept aside until it is committed."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from crtrace.image.losses import UnreadableRange
+from crtrace.image.pagetable import PageTable
+from crtrace.image.places import SAME, PageKind, chunks, kinds, place, slots
+from crtrace.units import U64, to_ranges
+
+LAST_ROUND = 1 << 30
+"""The round of what is true at the end of an epoch whatever was read before: holes."""
+
+Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
+
+
+@dataclass(slots=True)
+class Entries:
+    """Page index columns of one space: pages ascending, each once; hashes are ``(n, 2)``."""
+
+    pages: U64
+    places: U64
+    hashes: U64
+
+    def select(self, which: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> Entries:
+        """The entries that ``which`` marks."""
+        if which.all():
+            return self
+        return Entries(self.pages[which], self.places[which], self.hashes[which])
+
+    def part(self, start: int, end: int) -> Entries:
+        """The entries ``[start, end)``, as views."""
+        return Entries(self.pages[start:end], self.places[start:end], self.hashes[start:end])
+
+    def count(self, kind: PageKind) -> int:
+        """How many entries are of that kind."""
+        return int(np.count_nonzero(kinds(self.places) == kind))
+
+
+class PendingSpace:
+    """What was said of the pages of one space, piece by piece, in rounds; the last round wins."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._rounds: list[int] = []
+        self._pages: list[U64] = []
+        self._places: list[U64] = []
+        self._hashes: list[U64 | None] = []
+
+    def add(self, round: int, pages: U64, places: U64, hashes: U64 | None = None) -> None:
+        """Enter pages (ascending, kept without a copy); no hashes: zeros."""
+        if not len(pages):
+            return
+        with self._lock:
+            self._rounds.append(round)
+            self._pages.append(pages)
+            self._places.append(places)
+            self._hashes.append(hashes)
+
+    def settle(self, parent: PageTable | None) -> Entries:
+        """The entries that go into the image; this object is empty afterwards.
+
+        ``parent`` is what the chain holds already: without a page there, a hole is nothing to
+        tell. Columns are joined one after another and their pieces freed at once, because for a
+        large target they are the largest thing in memory.
+        """
+        if not self._pages:
+            none = np.empty(0, dtype=np.uint64)
+            return Entries(none, none, none.reshape(0, 2))
+        # Chunks are written as threads get to them: most often sorting the pieces is enough.
+        order = sorted(range(len(self._pages)), key=lambda at: int(self._pages[at][0]))
+        pages = np.concatenate([self._pages[at] for at in order])
+        lengths = list(map(len, self._pages))
+        last: Positions | None = None
+        if (pages[1:] <= pages[:-1]).any():
+            order = sorted(range(len(self._pages)), key=lambda at: self._rounds[at])
+            pages = np.concatenate([self._pages[at] for at in order])
+            last = _last_of_each(pages)
+            pages = pages[last]
+        self._pages = []
+        places = np.concatenate([self._places[at] for at in order])
+        self._places = []
+        hashes = _join(self._hashes, order, lengths)
+        self._hashes, self._rounds = [], []
+        if last is not None:
+            places, hashes = places[last], hashes[last]
+        return _meaningful(Entries(pages, places, hashes), parent)
+
+
+def _join(pieces: list[U64 | None], order: list[int], lengths: list[int]) -> U64:
+    """The hash column; each piece is freed as soon as it is copied."""
+    joined = np.zeros((sum(lengths), 2), dtype=np.uint64)
+    end = 0
+    for at in order:
+        start, end = end, end + lengths[at]
+        piece, pieces[at] = pieces[at], None
+        if piece is not None:
+            joined[start:end] = piece
+    return joined
+
+
+def _last_of_each(pages: U64) -> Positions:
+    """Where the last of each page is, in the order of the pages."""
+    order = np.argsort(pages, kind="stable")
+    ranked = pages[order]
+    last = np.append(ranked[1:] != ranked[:-1], True)
+    found: Positions = order[last]
+    return found
+
+
+def _meaningful(entries: Entries, parent: PageTable | None) -> Entries:
+    """Without the pages that equal the parent's again, or are holes where it has nothing."""
+    kind = kinds(entries.places)
+    keep = kind != SAME
+    holes = np.flatnonzero(kind == PageKind.HOLE)
+    if len(holes):
+        keep[holes] = False if parent is None else parent.lookup(entries.pages[holes])[0]
+    return entries.select(keep)
+
+
+def unreadable(errno: int, reason: int) -> np.uint64:
+    """The place of an unreadable page while it is pending: errno and reason ride along."""
+    return place(PageKind.UNREADABLE, errno, reason)
+
+
+def take_unreadable(space: int, entries: Entries) -> list[UnreadableRange]:
+    """The unreadable pages as ranges; errno and reason are then wiped from ``entries``."""
+    which = kinds(entries.places) == PageKind.UNREADABLE
+    if not which.any():
+        return []
+    places = entries.places[which]
+    ranges = []
+    for value in np.unique(places):
+        errno, reason = int(chunks(value)), int(slots(value))
+        for first, end in to_ranges(entries.pages[which][places == value]).tolist():
+            ranges.append(
+                UnreadableRange(
+                    space=space, first=first, count=end - first, errno=errno, reason=reason
+                )
+            )
+    entries.places[which] = place(PageKind.UNREADABLE)
+    return sorted(ranges, key=lambda found: found.first)

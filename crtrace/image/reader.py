@@ -1,0 +1,148 @@
+"""Reading a chain: its epochs, and for each the lineage of images that it needs."""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+from crtrace.errors import ChainIncomplete, ImageDamaged, UsageError
+from crtrace.image.chaindir import INDEX_NAME, ChainDir
+from crtrace.image.chainindex import ChainIndex, IndexEntry
+from crtrace.image.epoch import Epoch
+from crtrace.image.filepool import FilePool
+from crtrace.image.imagefile import Image
+
+__all__ = ["Chain", "Epoch", "Image"]
+
+
+class Chain:
+    """A chain open for reading, as its index was at that moment. It may be written meanwhile.
+
+    ``entries`` are the committed epochs; ``faults`` what is wrong with the index: an epoch whose
+    entry is damaged is in there and not in ``entries``.
+    """
+
+    def __init__(self, directory: ChainDir, *, owned: bool = True) -> None:
+        self._directory = directory
+        self._owned = owned
+        self._index = ChainIndex.read(directory)
+        self.path = directory.path
+        self._files = FilePool(directory)
+        self._images: dict[int, Image] = {}
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Self:
+        """Raises ``UsageError`` when there is no chain, ``ImageDamaged`` or ``FormatTooNew``."""
+        directory = ChainDir.open(path)
+        try:
+            cls.check(directory)
+            return cls(directory)
+        except BaseException:
+            directory.close()
+            raise
+
+    @classmethod
+    def of(cls, directory: ChainDir) -> Self:
+        """Read the chain in a directory that stays the caller's."""
+        return cls(directory, owned=False)
+
+    @staticmethod
+    def check(directory: ChainDir) -> None:
+        """Raise ``UsageError`` when the directory has no index."""
+        if INDEX_NAME not in directory.names():
+            raise UsageError(
+                f"{directory.path} is no chain: it has no {INDEX_NAME}",
+                hint="name the directory that was given to watch or dump with -o",
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close every file; harmless when repeated."""
+        self._files.close()
+        if self._owned:
+            self._directory.close()
+
+    @property
+    def chain_id(self) -> bytes:
+        """The 16 bytes that name the chain."""
+        return self._index.chain_id
+
+    @property
+    def index(self) -> ChainIndex:
+        """The index as it was read."""
+        return self._index
+
+    @property
+    def entries(self) -> tuple[IndexEntry, ...]:
+        """The committed epochs, ascending."""
+        return self._index.entries
+
+    def names(self) -> list[str]:
+        """The names in the directory."""
+        return self._directory.names()
+
+    def entry(self, number: int) -> IndexEntry:
+        """The entry of an epoch; negative numbers count from the end. Raises ``UsageError``."""
+        if not self.entries:
+            raise UsageError(f"chain {self.path} has no epoch yet")
+        if number < 0 and -number <= len(self.entries):
+            return self.entries[number]
+        for entry in self.entries:
+            if entry.epoch == number:
+                return entry
+        first, last = self.entries[0].epoch, self.entries[-1].epoch
+        raise UsageError(
+            f"chain {self.path} has no epoch {number}; it has {first} to {last}",
+            hint=f"its index is damaged: crtrace verify {self.path}" if self._index.broken else "",
+        )
+
+    def image(self, entry: IndexEntry) -> Image:
+        """The image of an entry alone, without its parents."""
+        if entry.epoch not in self._images:
+            self._images[entry.epoch] = Image(self._files, entry, self.chain_id)
+        return self._images[entry.epoch]
+
+    def parent(self, entry: IndexEntry) -> IndexEntry | None:
+        """The entry that this one builds on; None when full. Raises ``ChainIncomplete``."""
+        if entry.full:
+            return None
+        for other in self.entries:
+            if other.epoch == entry.parent_epoch:
+                if other.image_id != entry.parent_id:
+                    raise ImageDamaged(
+                        f"{self.path / INDEX_NAME}: epoch {entry.epoch} was made on top of "
+                        f"another epoch {other.epoch}"
+                    )
+                return other
+        raise ChainIncomplete(
+            f"chain {self.path} lacks epoch {entry.parent_epoch}, which epoch {entry.epoch} needs"
+        )
+
+    def lineage(self, entry: IndexEntry) -> list[Image]:
+        """The image of an entry, its parent's, and so on to a full one, links checked.
+
+        Raises ``ChainIncomplete`` when one is missing, ``ImageDamaged`` when one is not the one
+        that was built upon.
+        """
+        images = [self.image(entry)]
+        parent = self.parent(entry)
+        while parent:
+            images.append(self.image(parent))
+            images[-2].check_parent(images[-1])
+            parent = self.parent(parent)
+        return images
+
+    def epoch(self, number: int = -1) -> Epoch:
+        """An epoch with everything it needs; negative numbers count from the end."""
+        return Epoch(self.lineage(self.entry(number)))

@@ -1,0 +1,123 @@
+"""An image being written: records appended by several threads, then directory, tail and name."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy as np
+from xxhash import xxh3_128_digest
+
+from crtrace.errors import CrtraceError
+from crtrace.image.chaindir import PART, ChainDir, explained
+from crtrace.image.framing import (
+    DIRECTORY_ROW,
+    HEADER,
+    TAIL_SIZE,
+    Part,
+    RecordHeader,
+    RecordType,
+    Tail,
+    padding,
+)
+
+
+class RecordFile:
+    """``name.part``, until ``publish`` gives it its name.
+
+    ``append`` may be called by several threads: offsets and ids are given out under a lock, the
+    bytes are hashed and written outside of it. After a failed write nothing more is accepted.
+    """
+
+    def __init__(self, directory: ChainDir, name: str) -> None:
+        self._directory = directory
+        self._name = name
+        self._fd = directory.create(name + PART)
+        self._lock = threading.Condition()
+        self._active = 0
+        self._end = 0
+        self._rows: list[tuple[int, ...]] = []
+        self._failure: CrtraceError | None = None
+
+    def append(
+        self, kind: int, parts: Sequence[Part], *, parent: int = 0, flags: int = 0
+    ) -> tuple[int, int]:
+        """Write a record; its id, and the bytes it takes in the file."""
+        length = sum(memoryview(part).nbytes for part in parts)
+        size = HEADER.size + length + padding(length)
+        with self._lock:
+            if self._failure:
+                raise self._failure
+            offset, number = self._end, len(self._rows) + 1
+            self._end += size
+            self._rows.append(())
+            self._active += 1
+        try:
+            self._place(RecordHeader(kind, flags, length, number, parent), parts, offset)
+        except BaseException as error:
+            # Whatever it was, there is a gap in the file now.
+            self._failure = CrtraceError(f"{self._name} lacks record {number}: {error}")
+            raise
+        finally:
+            with self._lock:
+                self._active -= 1
+                self._lock.notify_all()
+        return number, size
+
+    def _place(self, header: RecordHeader, parts: Sequence[Part], offset: int) -> None:
+        header = header.sealed(parts)
+        self._rows[header.id - 1] = (
+            header.type, header.id, header.parent, header.flags, offset, header.length,
+            header.checksum,
+        )  # fmt: skip
+        self._write([header.pack(), *parts, bytes(padding(header.length))], offset)
+
+    def _write(self, parts: Sequence[Part], offset: int) -> None:
+        left = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
+        with explained("writing", self._directory.path / self._name):
+            while left:
+                done = os.pwritev(self._fd, left, offset)
+                offset += done
+                left = _after(left, done)
+
+    def finish(self) -> tuple[bytes, int]:
+        """Write directory and tail; no thread may still append. Image hash and file length."""
+        rows = np.array(self._rows, dtype=DIRECTORY_ROW).tobytes()
+        image_hash = xxh3_128_digest(rows)
+        offset = self._end
+        self.append(RecordType.DIRECTORY, [rows])
+        length = self._end + TAIL_SIZE
+        tail = Tail(offset, len(rows), length, image_hash)
+        self.append(RecordType.TAIL, [tail.pack()])
+        return image_hash, length
+
+    def publish(self) -> None:
+        """Bring the file to disk under its name."""
+        self._directory.publish(self._fd, self._name)
+
+    def close(self) -> None:
+        """Wait for threads that are writing, then close; harmless when repeated."""
+        with self._lock:
+            self._failure = self._failure or CrtraceError(f"{self._name} is already finished")
+            self._lock.wait_for(lambda: not self._active)
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def discard(self) -> None:
+        """Close and remove the file, published or not."""
+        self.close()
+        self._directory.remove(self._name + PART)
+        self._directory.remove(self._name)
+
+
+def _after(parts: list[memoryview], done: int) -> list[memoryview]:
+    """What is left to write after the first ``done`` bytes."""
+    if not done:
+        raise OSError(28, "No space left on device")
+    for at, part in enumerate(parts):
+        if done < part.nbytes:
+            return [part[done:], *parts[at + 1 :]]
+        done -= part.nbytes
+    return []

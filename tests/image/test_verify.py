@@ -1,0 +1,323 @@
+"""Damage is found, wherever it is, and its cost is told."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from xxhash import xxh3_64_intdigest
+
+from crtrace.analyze.verify import Report, verify
+from crtrace.errors import ChainIncomplete, CrtraceError, FormatTooNew, ImageDamaged, UsageError
+from crtrace.image.reader import Chain
+from tests.image.support import SPACE, contents, noise, page, small_chain
+from tests.image.tamper import Image, rewrite
+
+FIRST, SECOND = "00000000.img", "00000001.img"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return small_chain(tmp_path / "chain")
+
+
+def check(path: Path, epoch: int | None = None) -> Report:
+    with Chain.open(path) as chain:
+        return verify(chain, epoch)
+
+
+def found(path: Path) -> bool:
+    """Whether anything is noticed, on opening or by verifying."""
+    try:
+        report = check(path)
+    except (ImageDamaged, FormatTooNew):
+        return True
+    return not report.ok or bool(report.notices)
+
+
+def test_a_whole_chain_is_whole(path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    with Chain.open(path) as chain:
+        report = verify(chain, progress=lambda done, total: calls.append((done, total)))
+    size = sum((path / name).stat().st_size for name in os.listdir(path) if name.endswith(".img"))
+    assert report.ok
+    assert report.epochs == [0, 1, 2]
+    assert not report.notices
+    assert report.bytes == size
+    assert calls[-1] == (size, size)
+    assert calls == sorted(calls)
+    assert json.loads(json.dumps(report.to_json()))["ok"] is True
+
+
+@pytest.mark.parametrize("name", [FIRST, SECOND, "chain.idx"])
+def test_every_flipped_byte_is_found(path: Path, name: str) -> None:
+    data = (path / name).read_bytes()
+    # A chunk's noise and an image's padding are alike to a checksum; the rest byte by byte.
+    step = 1 if len(data) < 4000 else 7
+    tail = range(max(len(data) - 1200, 0), len(data))
+    missed = []
+    for at in sorted({*range(0, len(data), step), *range(min(700, len(data))), *tail}):
+        (path / name).write_bytes(data[:at] + bytes([data[at] ^ 0x41]) + data[at + 1 :])
+        if not found(path):
+            missed.append(at)
+    assert not missed
+
+
+@pytest.mark.parametrize("name", [FIRST, SECOND])
+def test_every_truncation_is_found_and_none_is_a_traceback(path: Path, name: str) -> None:
+    data = (path / name).read_bytes()
+    for length in {*range(0, len(data), 97), *range(len(data) - 90, len(data))}:
+        (path / name).write_bytes(data[:length])
+        report = check(path)
+        assert [damage.file for damage in report.damage] == [name]
+        assert str(length) in report.damage[0].message
+
+
+def test_an_appended_byte_is_found(path: Path) -> None:
+    with (path / FIRST).open("ab") as image:
+        image.write(b"\0")
+    assert not check(path).ok
+
+
+def test_damage_in_a_chunk_tells_what_is_lost_and_to_whom(path: Path) -> None:
+    with Chain.open(path) as chain:
+        image = chain.epoch(0).image
+        number = image.ids(9)[0]
+        offset = int(image.directory[number - 1]["offset"])
+    data = bytearray((path / FIRST).read_bytes())
+    data[offset + 200] ^= 1
+    (path / FIRST).write_bytes(data)
+    (damage,) = check(path).damage
+    assert damage.file == FIRST
+    assert damage.record == f"CHUNK {number}"
+    assert damage.offset == offset
+    assert f"CHUNK {number} at offset {offset:#x}: checksum is" in damage.message
+    assert damage.epochs == (0, 1, 2)
+    assert damage.space == SPACE
+    assert damage.lost == ((16 << 12, 17 << 12), (18 << 12, 20 << 12))
+    assert damage.pages_lost == 3
+
+
+def test_damage_is_counted_in_every_image_not_only_the_first(path: Path) -> None:
+    for name in (FIRST, SECOND, "00000002.img"):
+        data = bytearray((path / name).read_bytes())
+        data[170] ^= 1
+        (path / name).write_bytes(data)
+    assert [damage.file for damage in check(path).damage] == [FIRST, SECOND, "00000002.img"]
+
+
+def test_one_epoch_with_what_it_builds_on(path: Path) -> None:
+    data = bytearray((path / "00000002.img").read_bytes())
+    data[170] ^= 1
+    (path / "00000002.img").write_bytes(data)
+    report = check(path, 1)
+    assert report.ok
+    assert report.epochs == [0, 1]
+    assert check(path, -1).epochs == [0, 1, 2]
+    assert not check(path, -1).ok
+    with pytest.raises(UsageError, match="0 to 2"):
+        check(path, 9)
+
+
+def test_a_missing_image(path: Path) -> None:
+    (path / SECOND).unlink()
+    with Chain.open(path) as chain:
+        assert contents(chain.epoch(0))
+        for number in (1, 2):
+            with pytest.raises(ChainIncomplete, match=SECOND) as caught:
+                chain.epoch(number)
+            assert caught.value.exit_code == 21
+    report = check(path)
+    assert report.damage[0].epochs == (1, 2)
+
+
+def test_an_image_of_another_chain_or_epoch_is_found(path: Path, tmp_path: Path) -> None:
+    other = small_chain(tmp_path / "other")
+    whole = (path / SECOND).read_bytes()
+    for strange in (other / SECOND, path / "00000002.img"):
+        (path / SECOND).write_bytes(strange.read_bytes())
+        assert not check(path).ok
+    (path / SECOND).write_bytes(whole)
+    assert check(path).ok
+
+
+def test_leftovers_are_notices_and_not_damage(path: Path) -> None:
+    (path / "00000007.img.part").write_bytes(b"half")
+    shutil.copy(path / SECOND, path / "00000003.img")
+    with (path / "chain.idx").open("ab") as index:
+        index.write(bytes(40))
+    report = check(path)
+    assert report.ok
+    assert len(report.notices) == 3
+
+
+def test_a_damaged_last_entry_is_damage_although_the_epoch_never_existed(path: Path) -> None:
+    data = bytearray((path / "chain.idx").read_bytes())
+    data[-1] ^= 1
+    (path / "chain.idx").write_bytes(data)
+    report = check(path)
+    assert [(damage.file, damage.offset) for damage in report.damage] == [("chain.idx", 3 * 128)]
+    assert report.epochs == [0, 1]
+
+
+def replace_page(image: Image) -> None:
+    """Contents that are not those that were hashed, under right checksums."""
+    chunk = image.records(9)[0]
+    at = chunk.payload.index(noise(1)[:64])
+    chunk.payload[at] ^= 1
+
+
+def point_elsewhere(image: Image) -> None:
+    index = image.records(10)[0].payload
+    rows = int.from_bytes(index[8:16], "little")
+    index[16 + 8 * rows : 20 + 8 * rows] = (2).to_bytes(4, "little")
+
+
+def wrong_slot(image: Image) -> None:
+    index = image.records(10)[0].payload
+    rows = int.from_bytes(index[8:16], "little")
+    index[16 + 8 * rows + 4] = 9
+
+
+def unknown_kind(image: Image) -> None:
+    index = image.records(10)[0].payload
+    rows = int.from_bytes(index[8:16], "little")
+    index[16 + 8 * rows + 6] = 9
+
+
+def lie_about_zero(image: Image) -> None:
+    index = image.records(10)[0].payload
+    index[-16 * 3] ^= 1
+
+
+def descending_pages(image: Image) -> None:
+    index = image.records(10)[0].payload
+    index[16:24], index[24:32] = index[24:32], index[16:24]
+
+
+def absurd_count(image: Image) -> None:
+    image.records(10)[0].payload[8:16] = b"\xff" * 8
+
+
+def short_index(image: Image) -> None:
+    del image.records(10)[0].payload[4:]
+
+
+def two_indexes(image: Image) -> None:
+    image.insert(image.records(10)[0])
+
+
+def no_index(image: Image) -> None:
+    image.remove(image.records(10)[0])
+
+
+def too_many_pages(image: Image) -> None:
+    image.records(9)[0].payload[4:8] = (513).to_bytes(4, "little")
+
+
+def no_pages(image: Image) -> None:
+    image.records(9)[0].payload[4:8] = bytes(4)
+
+
+def codec_unknown(image: Image) -> None:
+    image.records(9)[0].payload[8] = 5
+
+
+def chunk_of_nothing(image: Image) -> None:
+    image.records(9)[0].payload[:] = bytes(3)
+
+
+def wrong_space(image: Image) -> None:
+    image.records(9)[0].payload[0] = 77
+
+
+def unknown_space_in_mm(image: Image) -> None:
+    image.records(4)[0].payload[0] = 77
+
+
+def stats_no_json(image: Image) -> None:
+    image.records(12)[0].payload[:] = b"[" * 100_000
+
+
+def parent_to_come(image: Image) -> None:
+    image.records(3)[0].parent = 1000
+
+
+def huge_blob(image: Image) -> None:
+    image.records(3)[0].payload[72:76] = b"\xff" * 4
+
+
+LIES: list[Callable[[Image], None]] = [
+    replace_page, point_elsewhere, wrong_slot, unknown_kind, lie_about_zero, descending_pages,
+    absurd_count, short_index, two_indexes, no_index, too_many_pages, no_pages, codec_unknown,
+    chunk_of_nothing, wrong_space, unknown_space_in_mm, stats_no_json, parent_to_come, huge_blob,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_lies_under_right_checksums_are_found(path: Path, lie: Callable[[Image], None]) -> None:
+    """What a checksum cannot find: a writer that was wrong, or hostile."""
+    rewrite(path, 0, lie)
+    report = check(path)
+    assert FIRST in [damage.file for damage in report.damage]
+    with Chain.open(path) as chain:
+        try:
+            epoch = chain.epoch(0)
+            contents(epoch)
+            assert epoch.tasks
+            epoch.losses()
+        except CrtraceError:
+            pass
+
+
+def test_rewriting_without_a_lie_changes_no_byte(path: Path) -> None:
+    """So what the tests above find is the lie, and two writers agree on the format."""
+    before = {name: (path / name).read_bytes() for name in (FIRST, "chain.idx")}
+    rewrite(path, 0, lambda image: None)
+    assert before == {name: (path / name).read_bytes() for name in before}
+
+
+def test_an_image_that_was_replaced_still_serves_its_children(path: Path) -> None:
+    """As after ``prune``: same image id, other contents, the old hash on record."""
+
+    def replace(image: Image) -> None:
+        image.records(1)[0].payload[80:96] = image.hash
+
+    rewrite(path, 0, replace)
+    assert check(path).ok
+    rewrite(path, 0, lambda image: image.records(1)[0].payload.__setitem__(80, 0))
+    assert not check(path).ok
+
+
+def test_an_unknown_record_that_is_optional_is_passed_over(path: Path) -> None:
+    rewrite(path, 2, lambda image: image.add(4000, b"from the future", flags=1))
+    report = check(path)
+    assert report.ok
+    with Chain.open(path) as chain:
+        assert contents(chain.epoch(2))[16] == page(1)
+
+
+@pytest.mark.parametrize(("kind", "flags"), [(4000, 0), (4000, 2), (12, 2), (15, 0), (0, 0)])
+def test_an_unknown_record_that_is_required_is_too_new(path: Path, kind: int, flags: int) -> None:
+    rewrite(path, 2, lambda image: image.add(kind, b"{}", flags=flags))
+    with Chain.open(path) as chain, pytest.raises(FormatTooNew) as caught:
+        chain.epoch(2)
+    assert caught.value.exit_code == 22
+    with pytest.raises(FormatTooNew):
+        check(path)
+
+
+def test_another_major_version_is_too_new(path: Path) -> None:
+    rewrite(path, 2, lambda image: image.records(1)[0].payload.__setitem__(8, 2))
+    with Chain.open(path) as chain, pytest.raises(FormatTooNew, match=r"version is 2\.0"):
+        chain.epoch(2)
+    data = bytearray((path / "chain.idx").read_bytes())
+    data[8] = 2
+    data[120:128] = xxh3_64_intdigest(bytes(data[:120])).to_bytes(8, "little")
+    (path / "chain.idx").write_bytes(data)
+    with pytest.raises(FormatTooNew):
+        Chain.open(path)

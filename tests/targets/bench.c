@@ -5,7 +5,8 @@
  * Options: --mib S (64), --tick US (200).
  * Commands: random N (write N pages, none twice), run N (write N pages in a row), write MB/s (write
  * whole random pages from now on; 0: stop, answer pages and nanoseconds), gap (the longest time
- * between two ticks since the last "gap", in nanoseconds). There is nothing to check at the end.
+ * between two ticks since the last "gap", and the longest without what was spent waiting for a
+ * processor, in nanoseconds). There is nothing to check at the end.
  */
 #include "shadow.h"
 
@@ -17,7 +18,7 @@ static int shift;
 static uint64_t rounds; /* of commands, so that no two choose the same pages */
 
 static pthread_mutex_t tick_lock = PTHREAD_MUTEX_INITIALIZER;
-static int64_t longest;
+static struct gap { int64_t all, off; } longest; /* off: neither running nor ready to run */
 static volatile uint64_t ticks;
 
 static struct crew crew = CREW;
@@ -77,22 +78,40 @@ static void *write_for_ever(void *unused)
 	return NULL;
 }
 
+/* What this thread has spent waiting for a processor; 0 where the kernel does not tell. */
+static int64_t queued_ns(int schedstat)
+{
+	char text[96];
+	long run, queued = 0;
+	ssize_t got = pread(schedstat, text, sizeof(text) - 1, 0);
+
+	text[got > 0 ? got : 0] = 0;
+	return sscanf(text, "%ld %ld", &run, &queued) == 2 ? queued : 0;
+}
+
+static int64_t larger(int64_t a, int64_t b)
+{
+	return a > b ? a : b;
+}
+
 /* Sleeping and not spinning, so as not to take a processor from those that are measured. */
 static void *tick_for_ever(void *unused)
 {
 	const struct timespec nap = { 0, option("--tick", 200) * 1000 };
-	int64_t last = now_ns();
+	int schedstat = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+	int64_t before = now_ns(), queued_before = queued_ns(schedstat);
 
 	(void)unused;
 	prctl(PR_SET_TIMERSLACK, 1ul);
 	for (;;) {
 		nanosleep(&nap, NULL);
 		pthread_mutex_lock(&tick_lock);
-		int64_t now = now_ns();
+		int64_t now = now_ns(), queued = queued_ns(schedstat), gap = now - before;
 
-		if (now - last > longest)
-			longest = now - last;
-		last = now;
+		longest.all = larger(longest.all, gap);
+		longest.off = larger(longest.off, gap - (queued - queued_before));
+		before = now;
+		queued_before = queued;
 		ticks++;
 		pthread_mutex_unlock(&tick_lock);
 	}
@@ -100,14 +119,14 @@ static void *tick_for_ever(void *unused)
 }
 
 /* This thread may run again before the ticking one does: the gap to report would not be over. */
-static int64_t take_longest(void)
+static struct gap take_longest(void)
 {
 	for (uint64_t before = ticks; ticks < before + 2;)
 		nap_ms(1);
 	pthread_mutex_lock(&tick_lock);
-	int64_t gap = longest;
+	struct gap gap = longest;
 
-	longest = 0;
+	longest = (struct gap){ 0 };
 	pthread_mutex_unlock(&tick_lock);
 	return gap;
 }
@@ -172,7 +191,9 @@ int main(int argc, char **argv)
 		bool whole = number >= 0 && (uint64_t)number <= pages;
 
 		if (!strcmp(line, "gap")) {
-			say("ok %ld", take_longest());
+			struct gap gap = take_longest();
+
+			say("ok %ld %ld", gap.all, gap.off);
 		} else if (!strncmp(line, "write ", 6)) {
 			write_at(number);
 		} else if (whole && (!strncmp(line, "random ", 7) || !strncmp(line, "run ", 4))) {

@@ -12,7 +12,7 @@ from crtrace import __version__
 from crtrace.capture import state
 from crtrace.capture.copy import copy_private, copy_with
 from crtrace.capture.objects import MappedObject, ObjectTable
-from crtrace.capture.pipeline import Pipeline
+from crtrace.capture.pipeline import BUFFERS, Pipeline
 from crtrace.capture.state import Snapshot
 from crtrace.capture.target import Target
 from crtrace.capture.work import Work
@@ -27,13 +27,23 @@ from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.linux.waits import give_back_wait
 from crtrace.track.dirty import Counts, WrittenPages
 from crtrace.track.userfaultfd import EVERYTHING
-from crtrace.units import U64, count_pages, expand, intersect, merge, no_pages, subtract
+from crtrace.units import (
+    CHUNK_PAGES,
+    U64,
+    count_pages,
+    expand,
+    intersect,
+    merge,
+    no_pages,
+    subtract,
+)
 
 MM_SPACE = 1
 """The space of the target's private memory; objects are numbered from the next on."""
-MAX_ROUNDS = 8
-LITTLE = 1024
-"""Pages that may be left for the pause: about 1 ms of copying."""
+LITTLE = 512
+"""Pages that may be left for the pause: about 0.5 ms of copying."""
+AT_ONCE = BUFFERS * CHUNK_PAGES // 2
+"""Pages that can be collected without waiting for the writers, and leave room for the pause."""
 PAGES_PER_MS = 800
 """Scattered pages copied in a millisecond: 1 µs each (DESIGN.md), and a reserve."""
 
@@ -106,7 +116,7 @@ class Session:
         When it raises, nothing was committed and the target runs; what was found written is
         carried into the next attempt. ``ProgramChanged``: begin again with :meth:`follow_exec`.
         """
-        work = Work(self._counted, self._carried)
+        work = Work(self._counted, self._carried, whole=full or self._fresh)
         try:
             return self._take(work, reason, full)
         except TargetGone as error:
@@ -146,33 +156,40 @@ class Session:
     # ---- while the target runs -----------------------------------------------------------------
 
     def _precopy(self, work: Work) -> None:
-        """Copy what was written, again and again, until little is left for the pause."""
-        if not self._fresh and self._written_since(work.faults) <= self._little:
-            return
-        while work.rounds < MAX_ROUNDS:
+        """Copy what was written, again and again, until little is left for the pause.
+
+        The last round is only collected, not yet compressed: it lasts as long as copying takes, so
+        that the target can write little meanwhile.
+        """
+        left = self._written_since(work.faults)
+        if work.whole or left > self._little:
             left = self._precopy_round(work)
-            if left <= self._little:
-                return
-            if work.diverges(left):
-                break
-        work.converged = False
+            while left > AT_ONCE and work.converging(left):
+                left = self._precopy_round(work)
+        self._pipeline.hold()
+        if left > self._little:
+            self._collect(work)
 
     def _written_since(self, faults: int) -> int:
         return self._marks.counts(self._tgid).faults - faults
 
     def _precopy_round(self, work: Work) -> int:
-        """Copy what is written now; returns the pages written meanwhile, as BPF counted them."""
+        """Copy and compress what is written now; the pages written meanwhile, as BPF counts."""
         faults = self._marks.counts(self._tgid).faults
+        self._collect(work)
+        self._pipeline.wait_idle()
+        return self._written_since(faults)
+
+    def _collect(self, work: Work) -> None:
         scan = self._target.armer.scan(self._target.space)
         work.found(scan.written)
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, work.retry()), scan.unarmed)
-        if self._fresh and not work.rounds:
-            ranges = merge(ranges, self._target.vdso())
+        if work.whole and not work.rounds:
+            self._target.book.read_advice(self.process)
+            ranges = merge(ranges, self._target.armer.everything(), self._target.vdso())
         self._copy(work, ranges, work.rounds, self._reporter(work, count_pages(ranges)))
         work.rounds += 1
-        self._pipeline.wait_idle()
-        return self._written_since(faults)
 
     def _reporter(self, work: Work, total: int) -> Callable[[int], None]:
         done = 0
@@ -216,7 +233,6 @@ class Session:
 
     def _pause(self, work: Work, objects: list[MappedObject]) -> Snapshot:
         """Stop, scan, copy the residual, take the registers, go."""
-        self._pipeline.hold()
         stopped = StoppedProcess(self.process)
         with signals_held(), _no_garbage_collection():
             work.stopping_at = time.monotonic()

@@ -37,8 +37,8 @@ class Snapshot:
 
 
 @dataclass(slots=True)
-class FileBook:
-    """Facts of mapped files, asked once for each inode as long as it stays mapped.
+class MapBook:
+    """Facts of mappings and of the files they map, asked once for each inode that stays mapped.
 
     A file that can be written is asked again in every epoch: its size and time are what tells a
     later reader whether the file on disk is still the one that was mapped.
@@ -47,6 +47,21 @@ class FileBook:
     facts: dict[Key, FileFacts | None] = field(default_factory=dict)
     paths: dict[Key, str] = field(default_factory=dict)
     ids: dict[Key, int] = field(default_factory=dict)
+    advice: dict[tuple[int, int], int] = field(default_factory=dict)
+    """Flags beyond protection of the VMA at (start, end), as of the last :meth:`read_advice`."""
+
+    def read_advice(self, process: Process) -> None:
+        """Ask for the flags of every VMA. It takes the kernel time in proportion to all memory, so
+        that is only done for full images."""
+        self.advice = {}
+        span = (0, 0)
+        for line in process.read("smaps").decode(errors="replace").splitlines():
+            word, _, rest = line.partition(" ")
+            if word == "VmFlags:":
+                self.advice[span] = sum(_ADVICE.get(name, 0) for name in rest.split())
+            elif not word.endswith(":"):
+                start, _, end = word.partition("-")
+                span = int(start, 16), int(end, 16)
 
     def update(self, process: Process, vmas: list[procfs.Vma]) -> None:
         """Bring the book up to the VMAs given."""
@@ -92,6 +107,14 @@ def _file_row(number: int, key: Key, about: FileFacts | None, path: str, space: 
     )  # fmt: skip
 
 
+_ADVICE = {
+    "gd": VmaFlag.GROWS_DOWN, "lo": VmaFlag.LOCKED, "dd": VmaFlag.DONT_DUMP,
+    "dc": VmaFlag.DONT_FORK, "wf": VmaFlag.WIPE_ON_FORK, "nr": VmaFlag.NO_RESERVE,
+    "hg": VmaFlag.HUGE_PAGE, "nh": VmaFlag.NO_HUGE_PAGE, "mg": VmaFlag.MERGEABLE,
+    "ss": VmaFlag.SHADOW_STACK,
+}  # fmt: skip
+"""By their names in the VmFlags line of proc(5)."""
+
 _KINDS = {
     "[heap]": VmaKind.HEAP,
     "[stack]": VmaKind.STACK,
@@ -101,7 +124,7 @@ _KINDS = {
 }
 
 
-def vma_row(vma: procfs.Vma, book: FileBook, objects: dict[Key, int]) -> Vma:
+def vma_row(vma: procfs.Vma, book: MapBook, objects: dict[Key, int]) -> Vma:
     """A VMA as the image records it."""
     key = (vma.device, vma.inode)
     about = book.facts.get(key) if vma.file_backed else None
@@ -112,9 +135,11 @@ def vma_row(vma: procfs.Vma, book: FileBook, objects: dict[Key, int]) -> Vma:
         kind = VmaKind.SHM
     elif about and not about.regular:
         kind = VmaKind.DEVICE
-    grows = VmaFlag.GROWS_DOWN if kind == VmaKind.STACK else 0
+    flags = vma.flags | book.advice.get((vma.start, vma.end), 0)
+    if about and about.regular and not about.memory and about.links:
+        flags |= VmaFlag.FILE_BEHIND
     return Vma(
-        start=vma.start, end=vma.end, pgoff=vma.offset, flags=vma.flags | grows, kind=kind,
+        start=vma.start, end=vma.end, pgoff=vma.offset, flags=flags, kind=kind,
         file=book.identify(vma), object_space=objects.get(key, 0) if vma.file_backed else 0,
         name=vma.name,
     )  # fmt: skip
@@ -140,7 +165,7 @@ def write_records(
     image: ImageWriter,
     process: Process,
     snapshot: Snapshot,
-    book: FileBook,
+    book: MapBook,
     objects: dict[Key, int],
     space: int,
     ldt: bytes,
@@ -200,7 +225,7 @@ MMF_DUMP_FILTER_SHIFT = 2
 """Where the coredump filter lies in the kernel's ``mm->flags`` (include/linux/mm_types.h)."""
 
 
-def _mm(process: Process, snapshot: Snapshot, book: FileBook, space: int, ldt: bytes) -> Mm:
+def _mm(process: Process, snapshot: Snapshot, book: MapBook, space: int, ldt: bytes) -> Mm:
     stat, vmas = snapshot.stat, snapshot.vmas
     heap = [vma.end for vma in vmas if vma.name == "[heap]"]
     exe = process.readlink("exe")

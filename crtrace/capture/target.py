@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from crtrace.capture.objects import MappedObject, ObjectTable
-from crtrace.capture.state import FileBook
+from crtrace.capture.state import MapBook
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import Scanner
@@ -22,7 +22,7 @@ class Target:
     def __init__(self, process: Process) -> None:
         self.process = process
         self.space = AddressSpace(process)
-        self.book = FileBook()
+        self.book = MapBook()
         self._pagemap = self._auxv = -1
         self.armer: Armer = UserfaultfdArmer(process, self.space)
         self.reader = MemoryReader(process)

@@ -20,6 +20,10 @@ from crtrace.linux.procfs import Process
 Event = dict[str, Any]
 
 
+RETRY = 1.0
+"""Seconds after which an epoch that was delayed is tried again."""
+
+
 class StopNow(BaseException):
     """The second SIGINT or SIGTERM: leave at once, with the committed epochs whole."""
 
@@ -103,7 +107,7 @@ class Watch:
         """
         due: float | None = time.monotonic() if self._interval else None
         while True:
-            self._requests.epoch = False
+            self._requests.epoch = delayed = False
             try:
                 yield self._checkpoint()
             except ProgramChanged:
@@ -111,6 +115,7 @@ class Watch:
                 continue
             except TargetBusy as error:
                 yield {"event": "delayed", "reason": str(error), "hint": error.hint}
+                delayed = True
             except TargetGone:
                 yield self._exited()
                 return
@@ -118,7 +123,7 @@ class Watch:
                 yield self._end("count" if not self._requests.stop else "signal")
                 return
             due = self._next_due(due)
-            woken = self._wait(due)
+            woken = self._wait(time.monotonic() + RETRY if delayed else due)
             if woken == "exit":
                 yield self._exited()
                 return

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,8 @@ from crtrace.capture.copy import Copied
 from crtrace.track.dirty import Counts
 from crtrace.units import U64, contains, count_pages, merge, no_pages, to_ranges
 
+MAX_ROUNDS = 12
+
 
 @dataclass(slots=True)
 class Work:
@@ -20,6 +21,8 @@ class Work:
 
     before: Counts
     carried: U64
+    whole: bool = False
+    """Everything is to be read, and not only what was written."""
     rounds: int = 0
     converged: bool = True
     scanned: U64 = field(default_factory=no_pages)
@@ -75,13 +78,17 @@ class Work:
         self.pages_compared += copied.pages
         self._failed_in_objects[space] = copied.unreadable
 
-    def diverges(self, left: int) -> bool:
-        """Whether pre-copy has stopped to gain on the target: two rounds that did not shrink."""
+    def converging(self, left: int) -> bool:
+        """Whether one more round of pre-copy is worth while; ``left``: pages to be copied in it.
+
+        It is not when the target writes as fast as it is copied: then more rounds would go on for
+        ever, and the pause is as long as copying what is left takes.
+        """
         self._left.append(left)
         recent = self._left[-3:]
-        return len(recent) == 3 and all(
-            later > 0.7 * earlier for earlier, later in pairwise(recent)
-        )
+        stuck = len(recent) == 3 and min(recent[1:]) > 0.8 * recent[0]
+        self.converged = not stuck and len(self._left) < MAX_ROUNDS
+        return self.converged
 
     def unreadable_pages(self, mm_space: int) -> dict[tuple[int, int], U64]:
         """Ascending page numbers that could not be read, by space and errno."""

@@ -19,6 +19,7 @@ from crtrace.image.resolve import Source
 from crtrace.units import PAGE_SIZE, U64
 
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
+_FILLED = ("Rss:", "Swap:", "Private_Hugetlb:", "Shared_Hugetlb:")
 _LEFT_OUT = ("[vvar", "[vsyscall]", "/dev/dri", "/dev/nvidia")
 
 
@@ -31,6 +32,8 @@ class Seen:
     """(start, end, private)."""
     pages: dict[int, bytes] = field(default_factory=dict)
     """Contents of runs of pages, by the address of the first."""
+    unreadable: list[int] = field(default_factory=list)
+    """Pages that /proc/PID/mem refuses."""
 
 
 @dataclass(slots=True)
@@ -44,12 +47,10 @@ class Verdict:
 def observe(pid: int) -> Seen:
     """Copy the memory of a process, which must be stopped."""
     seen = Seen(pid)
-    with open(f"/proc/{pid}/maps", encoding="utf-8", errors="replace") as maps:
-        lines = maps.read().splitlines()
     memory = os.open(f"/proc/{pid}/mem", os.O_RDONLY)
     pagemap = os.open(f"/proc/{pid}/pagemap", os.O_RDONLY)
     try:
-        for line in lines:
+        for line in _populated(pid):
             span, perms, _, _, inode, *name = line.split(maxsplit=5)
             if name and name[0].startswith(_LEFT_OUT):
                 continue
@@ -68,6 +69,20 @@ def observe(pid: int) -> Seen:
     return seen
 
 
+def _populated(pid: int) -> list[str]:
+    """The lines of ``smaps`` that begin a mapping with anything in it; reserves can be huge."""
+    found: list[str] = []
+    head = ""
+    with open(f"/proc/{pid}/smaps", encoding="utf-8", errors="replace") as smaps:
+        for line in smaps:
+            word, _, rest = line.partition(" ")
+            if not word.endswith(":"):
+                head = line.rstrip("\n")
+            elif word in _FILLED and rest.split()[0] != "0" and head not in found[-1:]:
+                found.append(head)
+    return found
+
+
 def _in_memory(name: list[str]) -> bool:
     return bool(name) and name[0].startswith(("/dev/shm/", "/memfd:", "/dev/zero", "/SYSV"))
 
@@ -83,19 +98,20 @@ def _owned(entries: U64, private: bool) -> U64:
 def _copy_runs(seen: Seen, memory: int, start: int, positions: U64) -> None:
     for run in np.split(positions, np.flatnonzero(np.diff(positions) != 1) + 1):
         if len(run):
-            address, size = start + int(run[0]) * PAGE_SIZE, len(run) * PAGE_SIZE
-            seen.pages[address] = _read_all(memory, address, size)
+            _read_run(seen, memory, start + int(run[0]) * PAGE_SIZE, len(run) * PAGE_SIZE)
 
 
-def _read_all(memory: int, address: int, size: int) -> bytes:
-    parts = []
-    while size:
-        part = os.pread(memory, size, address)
-        if not part:
-            raise OSError(f"/proc/PID/mem ends at {address:#x}")
-        parts.append(part)
-        address, size = address + len(part), size - len(part)
-    return b"".join(parts)
+def _read_run(seen: Seen, memory: int, address: int, size: int) -> None:
+    """Copy a run of pages; what the kernel gives to nobody (guard pages, secrets) is left out."""
+    while size > 0:
+        try:
+            part = os.pread(memory, size, address)
+            seen.pages[address] = part
+            done = len(part)
+        except OSError:
+            seen.unreadable.append(address)
+            done = PAGE_SIZE
+        address, size = address + done, size - done
 
 
 def compare(seen: Seen, epoch: Epoch) -> Verdict:

@@ -31,11 +31,19 @@ TASK_END = 0x7FFF_FFFF_F000
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Which pages a scan reports: all of ``need``, none of ``exclude``, any of ``any_of``."""
+    """Which pages a scan reports: all of ``need``, none of ``exclude``, any of ``any_of``.
+
+    In ``any_of``, what is in ``inverted`` means its absence.
+    """
 
     need: int = 0
     exclude: int = 0
     any_of: int = PRESENT | SWAPPED
+    inverted: int = 0
+
+
+NOTHING_THERE = Filter(inverted=PRESENT, any_of=PRESENT | PFNZERO)
+"""Pages that are not present, or are the zero page. Swapped-out ones among them say so."""
 
 
 class Scanner:
@@ -62,7 +70,7 @@ class Scanner:
             arg = bytearray(
                 _ARG.pack(
                     _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector.ctypes.data,
-                    _VECTOR, 0, want.exclude, mask, want.any_of,
+                    _VECTOR, 0, want.exclude | want.inverted, mask, want.any_of,
                     REPORTED,
                 )
             )  # fmt: skip

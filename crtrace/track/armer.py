@@ -42,5 +42,9 @@ class Armer(Protocol):
         """The sets as of now. ``space`` must have been refreshed if the target is stopped; while it
         runs, the scan refreshes it itself where it has to. Raises ``TargetGone``."""
 
+    def everything(self) -> U64:
+        """All pages that have contents of their own, written or not: page ranges, for a full image.
+        What appears while this runs is in the next scan."""
+
     def close(self) -> None:
         """Leave the target as it was; it may be called twice."""

@@ -54,10 +54,9 @@ class UserfaultfdArmer:
             )
         self._scanner = Scanner(self._pagemap)
         guard = pagemap.GUARD if pagemap.supported(self._pagemap, pagemap.GUARD) else 0
-        self._unarmed = Filter(exclude=pagemap.FILE | pagemap.WPALLOWED | guard)
-        self._written = Filter(need=pagemap.WRITTEN, exclude=guard)
-        self._not_present = Filter(exclude=pagemap.PRESENT, any_of=0)
-        self._own = Filter(exclude=pagemap.FILE)
+        self._unarmed = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.WPALLOWED | guard)
+        self._written = Filter(need=pagemap.WRITTEN, exclude=guard | pagemap.PFNZERO)
+        self._own = Filter(exclude=pagemap.FILE | pagemap.PFNZERO)
         self._refused: set[Vma] = set()
         self.ldt = b""
         space.refresh()
@@ -102,6 +101,11 @@ class UserfaultfdArmer:
         gone = merge(subtract(EVERYTHING, mapped), absent, of_file)
         return Scan(merge(subtract(written, of_file), fresh, markers), gone, unarmed)
 
+    def everything(self) -> U64:
+        """See :class:`crtrace.track.armer.Armer`."""
+        ranges, _ = self._scanner.scan(self._own)
+        return merge(ranges)
+
     def _register(self, space: AddressSpace, fresh: U64) -> U64:
         """Register the VMAs of unprotected pages; the pages of those that cannot be.
 
@@ -117,12 +121,12 @@ class UserfaultfdArmer:
         return intersect(fresh, space.ranges(lambda vma: vma in self._refused))
 
     def _not_present_ranges(self, space: AddressSpace) -> tuple[U64, U64]:
-        """Where page tables are empty; and pages that only look swapped out.
+        """Where page tables have nothing but the zero page; and pages that only look swapped out.
 
         When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
         page keeps its protection. Such pages are read again, and turn out as what they are.
         """
-        ranges, categories = self._scanner.scan(self._not_present)
+        ranges, categories = self._scanner.scan(pagemap.NOTHING_THERE)
         swapped = (categories & np.uint64(pagemap.SWAPPED)) != 0
         armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
         markers = ranges[armed]

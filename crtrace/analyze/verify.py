@@ -38,6 +38,7 @@ class Damage:
     epochs: tuple[int, ...] = ()
     space: int = 0
     pages_lost: int = 0
+    missing: bool = False
     lost: tuple[tuple[int, int], ...] = ()
 
 
@@ -124,7 +125,12 @@ def _ancestors(chain: Chain, entry: IndexEntry, report: Report) -> tuple[IndexEn
         while parent := chain.parent(entries[-1]):
             entries.append(parent)
     except (ChainIncomplete, ImageDamaged) as error:
-        report.damage.append(Damage(file=INDEX_NAME, message=str(error), epochs=(entry.epoch,)))
+        missing = isinstance(error, ChainIncomplete)
+        report.damage.append(
+            Damage(
+                file=INDEX_NAME, message=str(error), epochs=(entry.epoch,), missing=missing
+            )
+        )  # fmt: skip
     return tuple(reversed(entries))
 
 
@@ -145,7 +151,8 @@ def _check_epoch(
     try:
         image = chain.image(entry)
     except (ImageDamaged, ChainIncomplete) as error:
-        report.damage.append(Damage(file=name, message=str(error), epochs=epochs))
+        missing = isinstance(error, ChainIncomplete)
+        report.damage.append(Damage(file=name, message=str(error), epochs=epochs, missing=missing))
         advance(entry.length)
         return
     _check_link(chain, image, report, epochs)

@@ -34,8 +34,8 @@ def attached(
     """
     with ExitStack() as stack:
         process = stack.enter_context(Process(pid))
-        refuse_unsuitable(process)
         require_capabilities()
+        refuse_unsuitable(process)
         loading = Loading()  # compiles while the chain is looked at
         try:
             chain = stack.enter_context(ChainWriter.open(path, create=True))

@@ -24,7 +24,6 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.events import open_accounting
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
-from crtrace.linux.waits import give_back_wait
 from crtrace.track.dirty import Counts, WrittenPages
 from crtrace.track.userfaultfd import EVERYTHING
 from crtrace.units import (
@@ -120,7 +119,7 @@ class Session:
         try:
             return self._take(work, reason, full)
         except TargetGone as error:
-            if self.process.alive() and not self._target.same_program():
+            if self.program_changed():
                 raise ProgramChanged(f"process {self.process.pid} called execve") from error
             raise
         finally:
@@ -137,7 +136,7 @@ class Session:
                 snapshot = self._pause(work, objects)
             work.marked = self._marks.drain().get(self._tgid, work.marked)
             self._describe(image, work, snapshot)
-            self._pipeline.finish()
+            self._pipeline.wait_idle()
             work.written_at = time.monotonic()
             stats = work.statistics(self._counted, self._fresh)
             if self._accounting:
@@ -147,8 +146,14 @@ class Session:
         stats["total_time"] = work.elapsed()
         return entry, stats
 
+    def program_changed(self) -> bool:
+        """Whether the process has called ``execve`` since it was armed."""
+        return self.process.alive() and not self._target.same_program()
+
     def follow_exec(self) -> None:
-        """Arm the new program of the process; the next epoch must be a full one."""
+        """Arm the new program of the process, if it is a new one; the next epoch must be full."""
+        if not self.program_changed():
+            return
         self._target.close()
         self._target = Target(self.process)
         self._carried, self._steady, self._fresh = no_pages(), {}, True
@@ -247,6 +252,7 @@ class Session:
             finally:
                 stopped.release()
                 work.resumed_at = time.monotonic()
+        work.waits_given_back = stopped.waits_given_back
         work.overflowed = self._pipeline.release()
         return snapshot
 
@@ -277,7 +283,6 @@ class Session:
         threads = state.leader_first(pid, list(stopped.tracees.values()))
         for tracee in threads:
             tracee.capture()
-            work.waits_given_back += give_back_wait(pid, tracee)
         return Snapshot(
             self.process.stat(), self._target.space.vmas, threads,
             threads[0].read_pending(shared=True),

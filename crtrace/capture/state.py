@@ -20,7 +20,8 @@ from crtrace.image.tables import FileFlag, FileInfo, Files, Vma, VmaFlag, VmaKin
 from crtrace.linux import procfs
 from crtrace.linux.files import FileFacts, file_facts
 from crtrace.linux.procfs import Process, Stat, parse_status
-from crtrace.linux.ptrace import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Registers, Tracee
+from crtrace.linux.ptrace import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Tracee
+from crtrace.linux.registers import Registers
 from crtrace.units import Pid
 
 Key = tuple[int, int]

@@ -15,13 +15,15 @@ from typing import Any
 from crtrace.capture.session import ProgramChanged, Session
 from crtrace.errors import TargetBusy, TargetGone
 from crtrace.linux.events import ProcessEvents, open_events
-from crtrace.linux.procfs import Process
+from crtrace.linux.procfs import Process, comm_of
 
 Event = dict[str, Any]
 
 
 RETRY = 1.0
 """Seconds after which an epoch that was delayed is tried again."""
+STATUS_PATIENCE = 0.2
+DAY = 86_400.0
 
 
 class StopNow(BaseException):
@@ -109,9 +111,11 @@ class Watch:
         while True:
             self._requests.epoch = delayed = False
             try:
+                if self._full:
+                    self._session.follow_exec()
                 yield self._checkpoint()
             except ProgramChanged:
-                yield self._follow_exec()
+                yield self._exec_seen()
                 continue
             except TargetBusy as error:
                 yield {"event": "delayed", "reason": str(error), "hint": error.hint}
@@ -120,7 +124,7 @@ class Watch:
                 yield self._exited()
                 return
             if self.taken == self._count or self._requests.stop:
-                yield self._end("count" if not self._requests.stop else "signal")
+                yield self._end("signal" if self._requests.stop else "count")
                 return
             due = self._next_due(due)
             woken = self._wait(time.monotonic() + RETRY if delayed else due)
@@ -131,8 +135,9 @@ class Watch:
                 yield self._end("signal")
                 return
             if woken == "exec":
-                yield self._follow_exec()
-            self._reason = {"exec": "exec", "request": "request"}.get(woken, "interval")
+                yield self._exec_seen()
+            elif not self._full:
+                self._reason = "request" if woken == "request" else "interval"
 
     def _checkpoint(self) -> Event:
         entry, stats = self._session.checkpoint(self._reason, full=self._full)
@@ -148,16 +153,23 @@ class Watch:
             **stats,
         }
 
-    def _follow_exec(self) -> Event:
-        self._session.follow_exec()
+    def _exec_seen(self) -> Event:
+        """The next epoch is a full one of the new program."""
         self._reason, self._full = "exec", True
-        return {"event": "exec", "pid": self._process.pid, "comm": self._process.stat().comm}
+        return {"event": "exec", "pid": self._process.pid, "comm": comm_of(self._process.pid)}
 
     def _exited(self) -> Event:
-        self._read_events()
-        status = self._exit_status
+        status = self._await_status()
         code = os.waitstatus_to_exitcode(status) if status is not None else None
         return {"event": "exit", "pid": self._process.pid, "status": code, "epochs": self.taken}
+
+    def _await_status(self) -> int | None:
+        """The wait status of the target, which comes a moment after its pidfd tells of the end."""
+        limit = time.monotonic() + STATUS_PATIENCE
+        while self._exit_status is None and self._events and time.monotonic() < limit:
+            select.select([self._events.fd], [], [], STATUS_PATIENCE)
+            self._read_events()
+        return self._exit_status
 
     def _end(self, why: str) -> Event:
         return {"event": "end", "why": why, "epochs": self.taken}
@@ -184,7 +196,7 @@ class Watch:
             left = None if due is None else due - time.monotonic()
             if left is not None and left <= 0:
                 return "due"
-            ready = {fd for fd, _ in poller.poll(None if left is None else left * 1000)}
+            ready = {fd for fd, _ in poller.poll(None if left is None else min(left, DAY) * 1000)}
             self._requests.clear()
             if self._process.pidfd in ready:
                 return "exit"
@@ -194,10 +206,12 @@ class Watch:
     def _read_events(self) -> bool:
         """Take in what the proc connector has; whether the target called exec."""
         execs = False
-        if self._events and select.select([self._events.fd], [], [], 0)[0]:
-            for event in self._events.read():
-                if event.pid == self._process.pid:
-                    execs |= event.kind == "exec"
-                    if event.kind == "exit":
-                        self._exit_status = event.status
+        for event in self._events.read() if self._events else ():
+            if event.pid == self._process.pid:
+                execs |= event.kind == "exec"
+                if event.kind == "exit":
+                    self._exit_status = event.status
+        if self._events and self._events.overflowed:
+            self._events.overflowed = False
+            execs |= self._session.program_changed()
         return execs

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import click
@@ -31,7 +32,9 @@ for command in (
 def main() -> None:
     """Run a command and exit as DESIGN.md's table of exit codes says."""
     try:
-        code = cli.main(standalone_mode=False)
+        # Not cli.main(): it would take a closed pipe for a failure.
+        with cli.make_context("crtrace", sys.argv[1:]) as context:
+            cli.invoke(context)
     except click.exceptions.Exit as end:
         sys.exit(end.exit_code)
     except click.ClickException as error:
@@ -40,10 +43,8 @@ def main() -> None:
     except (click.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BrokenPipeError:
-        sys.stderr.close()  # whoever read us has seen enough
-        sys.exit(0)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read us has seen enough
     except Failure as failure:
         sys.exit(failure.code)
     except Exception as error:
         sys.exit(explain(error))
-    sys.exit(code if isinstance(code, int) else 0)

@@ -6,19 +6,20 @@ from pathlib import Path
 
 import click
 
+from crtrace.cli.options import MAX_PID, FiniteRange
 from crtrace.cli.output import Bar, Failure, emit, json_option, note
 from crtrace.cli.watch import LOSSES, describe
 from crtrace.units import PAGE_SIZE, Pid, human_bytes
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=click.IntRange(1, MAX_PID))
 @click.option(
     "-o", "--output", "path", type=click.Path(path_type=Path), metavar="DIR", required=True,
     help="The chain to write, new or of the same process.",
 )  # fmt: skip
 @click.option(
-    "--max-pause", type=click.FloatRange(min=3), default=10.0, show_default=True, metavar="MS",
+    "--max-pause", type=FiniteRange(min=3), default=10.0, show_default=True, metavar="MS",
     help="Pre-copy until the pause is expected to be shorter than this.",
 )  # fmt: skip
 @json_option

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -12,4 +14,17 @@ epoch_option = click.option(
     help="Which one; negative numbers count from the end.",
 )  # fmt: skip
 
-__all__ = ["Path", "chain_argument", "epoch_option"]
+MAX_PID = 2**22
+"""The kernel's own limit of process numbers (PID_MAX_LIMIT)."""
+
+
+class FiniteRange(click.FloatRange):
+    """A number within bounds, and not "nan" or "inf"."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is no finite number", param, ctx)
+        return number

@@ -9,7 +9,7 @@ import click
 
 from crtrace.cli.options import chain_argument
 from crtrace.cli.output import Bar, Failure, emit, json_option, paint, printable
-from crtrace.errors import ImageDamaged
+from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.units import human_bytes
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
             f"{human_bytes(report.bytes)}: {state}"
         )
     if not report.ok:
-        raise Failure(ImageDamaged.exit_code)
+        only_missing = all(damage.missing for damage in report.damage)
+        raise Failure((ChainIncomplete if only_missing else ImageDamaged).exit_code)
 
 
 def _describe(damage: Damage) -> str:

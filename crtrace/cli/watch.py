@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from crtrace.cli.options import MAX_PID, FiniteRange
 from crtrace.cli.output import Bar, Failure, emit, json_option, milliseconds, note, paint
 from crtrace.units import PAGE_SIZE, Pid, human_bytes
 
@@ -15,18 +16,18 @@ LOSSES = 3
 
 
 @click.command()
-@click.argument("pid", type=click.IntRange(min=1))
+@click.argument("pid", type=click.IntRange(1, MAX_PID))
 @click.option(
     "-o", "--output", "path", type=click.Path(path_type=Path), metavar="DIR",
     help="The chain to write; by default crtrace-PID.",
 )  # fmt: skip
 @click.option(
-    "--interval", type=click.FloatRange(min=0), default=5.0, show_default=True,
+    "--interval", type=FiniteRange(min=0), default=5.0, show_default=True,
     help="Seconds between epochs; 0: only on SIGUSR1.",
 )  # fmt: skip
 @click.option("--count", type=click.IntRange(min=1), help="Stop after so many epochs.")
 @click.option(
-    "--max-pause", type=click.FloatRange(min=3), default=10.0, show_default=True, metavar="MS",
+    "--max-pause", type=FiniteRange(min=3), default=10.0, show_default=True, metavar="MS",
     help="Pre-copy until the pause is expected to be shorter than this.",
 )  # fmt: skip
 @json_option

@@ -20,7 +20,7 @@ from crtrace.units import PAGE_SIZE, U64
 
 _PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 _FILLED = ("Rss:", "Swap:", "Private_Hugetlb:", "Shared_Hugetlb:")
-_LEFT_OUT = ("[vvar", "[vsyscall]", "/dev/dri", "/dev/nvidia")
+_LEFT_OUT = ("/[aio]", "anon_inode:", "[vvar", "[vsyscall]", "/dev/dri", "/dev/nvidia")
 
 
 @dataclass(slots=True)

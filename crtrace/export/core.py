@@ -144,13 +144,16 @@ def _write_contents(
 ) -> None:
     for addr, npages in pieces(epoch, task, segment.vma, segment.start, segment.end):
         data = epoch.read_run(task, segment.vma, addr, npages)
-        out.write_pages(data, offset + addr - segment.start)
+        out.write(data.data, offset + addr - segment.start)
 
 
 def pieces(
     epoch: Epoch, task: TaskView, vma: Vma, start: int, end: int
 ) -> Iterator[tuple[int, int]]:
-    """Address and number of pages, 512 at most, of everything stored in a part of a mapping."""
+    """Address and number of pages, 512 at most, of everything stored in a part of a mapping.
+
+    Pages of zeros are not among them: an image does not store any.
+    """
     part = replace(vma, start=start, end=end, pgoff=vma.pgoff + start - vma.start)
     for run in epoch.memory_runs(task, part):
         if run.source in (Source.STORED, Source.OBJECT):

@@ -41,7 +41,7 @@ def _write_mapping(out: SparseFile, epoch: Epoch, task: TaskView, vma: Vma, offs
     """Write what is stored of a mapping; whether there was anything."""
     found = False
     for addr, npages in pieces(epoch, task, vma, vma.start, vma.end):
-        out.write_pages(epoch.read_run(task, vma, addr, npages), offset + addr - vma.start)
+        out.write(epoch.read_run(task, vma, addr, npages).data, offset + addr - vma.start)
         found = True
     return found
 

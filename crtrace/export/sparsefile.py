@@ -8,10 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-
 from crtrace.image.chaindir import explained
-from crtrace.units import PAGE_SIZE, Bytes
 
 
 class SparseFile:
@@ -26,13 +23,6 @@ class SparseFile:
         while left.nbytes:
             done = os.pwrite(self._fd, left, offset)
             left, offset = left[done:], offset + done
-
-    def write_pages(self, data: Bytes, offset: int) -> None:
-        """Write the rows, ``(n, 4096)``, that are not all zero."""
-        full = data.view(np.uint64).any(axis=1)
-        edges = np.flatnonzero(np.diff(full, prepend=False, append=False)).reshape(-1, 2)
-        for start, end in edges.tolist():
-            self.write(data[start:end].data, offset + start * PAGE_SIZE)
 
     def truncate(self, length: int) -> None:
         """Set the length."""

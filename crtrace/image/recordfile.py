@@ -57,7 +57,11 @@ class RecordFile:
             self._place(RecordHeader(kind, flags, length, number, parent), parts, offset)
         except BaseException as error:
             # Whatever it was, there is a gap in the file now.
-            self._failure = CrtraceError(f"{self._name} lacks record {number}: {error}")
+            self._failure = (
+                error
+                if isinstance(error, CrtraceError)
+                else CrtraceError(f"{self._name} lacks record {number}: {error}")
+            )
             raise
         finally:
             with self._lock:

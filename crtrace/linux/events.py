@@ -7,8 +7,10 @@ an exec when it next looks at the address space.
 
 from __future__ import annotations
 
+import errno
 import os
-from collections.abc import Iterator
+import socket
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +19,9 @@ from crtrace.linux.procfs import Process
 from crtrace.units import Pid
 
 _INITIAL_PID_NAMESPACE = 0xEFFFFFFC  # PROC_PID_INIT_INO, the inode that the kernel gives it
+
+_NETLINK_CONNECTOR, _NLMSG_DONE, _SO_RCVBUFFORCE = 11, 3, 33
+_ROOM = 4 << 20  # bytes; each event takes some 800 of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +35,56 @@ class ProcessEvent:
 
 
 class ProcessEvents:
-    """A subscription to the proc connector, to be waited for with ``select`` by :attr:`fd`."""
+    """A subscription to the proc connector, to be waited for with ``select`` by :attr:`fd`.
+
+    The messages are pyroute2's; the socket is a plain one, because theirs reads ahead into a
+    queue, after which ``select`` no longer tells that something is there.
+    """
 
     def __init__(self) -> None:
-        from pyroute2.netlink.connector.cn_proc import ProcEventSocket
+        from pyroute2.netlink.connector import cn_proc
 
-        self._socket = ProcEventSocket()
-        self._socket.bind()
-        self._socket.control(listen=True)
-        self.fd: int = self._socket.fileno()
+        self._parse = cn_proc.ProcEventMarshal().parse
+        self._socket = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
+        )
+        self.fd = self._socket.fileno()
+        self.overflowed = False
+        with suppress(PermissionError):
+            self._socket.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _ROOM)
+        self._socket.bind((0, cn_proc.CN_IDX_PROC))
+        self._socket.send(_subscription(cn_proc))
 
     def close(self) -> None:
         """End the subscription."""
         self._socket.close()
 
-    def read(self) -> Iterator[ProcessEvent]:
-        """The events of whole processes that have come; call it when :attr:`fd` is readable."""
-        for message in self._socket.get():
-            event = _decode(message)
-            if event:
-                yield event
+    def read(self) -> list[ProcessEvent]:
+        """The events of whole processes that have come; never waits.
+
+        When the machine forks faster than we read, the kernel drops events; ``overflowed`` tells.
+        """
+        found: list[ProcessEvent] = []
+        while True:
+            try:
+                data = self._socket.recv(1 << 16)
+            except BlockingIOError:
+                return found
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.overflowed = True
+                continue
+            found += [event for message in self._parse(data) if (event := _decode(message))]
+
+
+def _subscription(cn_proc: Any) -> bytes:
+    message = cn_proc.proc_event_control()
+    message["action"] = cn_proc.PROC_CN_MCAST_LISTEN
+    message["idx"], message["val"], message["len"] = cn_proc.CN_IDX_PROC, cn_proc.CN_VAL_PROC, 4
+    message["header"]["type"] = _NLMSG_DONE
+    message.encode()
+    return bytes(message.data)
 
 
 def _decode(message: Any) -> ProcessEvent | None:

@@ -19,10 +19,12 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from crtrace.errors import CrtraceError, TargetGone
+from crtrace.errors import CrtraceError, TargetBusy, TargetGone
 from crtrace.linux import ptrace as pt
 from crtrace.linux.libc import pidfd_getfd, ptrace
 from crtrace.linux.procfs import EXEC, Process, Vma
+from crtrace.linux.registers import Registers
+from crtrace.linux.waits import started_again
 from crtrace.units import Addr
 
 SYS_CLOSE, SYS_MODIFY_LDT = 3, 154
@@ -96,14 +98,14 @@ def _has_shadow_stack(process: Process) -> bool:
     return "shstk" in process.status().get("x86_Thread_features", "")
 
 
-def rewound(registers: pt.Registers) -> pt.Registers:
+def rewound(registers: Registers) -> Registers:
     """Registers that start an interrupted system call again, as the kernel would."""
     if registers.signed("orig_rax") >= 0 and registers.signed("rax") in RESTARTS:
-        return registers.changed(rax=registers["orig_rax"], rip=registers["rip"] - 2, orig_rax=-1)
+        return started_again(registers)
     return registers.changed(orig_rax=-1)
 
 
-def signal_frame(restorer: int, registers: pt.Registers, mask: int, fpstate: int) -> bytes:
+def signal_frame(restorer: int, registers: Registers, mask: int, fpstate: int) -> bytes:
     """What lies at the stack pointer when ``rt_sigreturn`` is about to be entered by ``ret``.
 
     First the address that ``ret`` takes, then the ``ucontext`` from which the kernel restores.
@@ -182,7 +184,7 @@ class Injector:
         way += signal_frame(self._gadgets.sigreturn, self._home, self._mask, self._base)
         os.pwrite(self._memory, way, self._base)
 
-    def _call_registers(self, number: int, args: tuple[int, ...], stack: int) -> pt.Registers:
+    def _call_registers(self, number: int, args: tuple[int, ...], stack: int) -> Registers:
         named = dict(zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), args, strict=False))
         return self._original.changed(
             rax=number, orig_rax=-1, rip=self._gadgets.call, rsp=stack, **named
@@ -236,7 +238,7 @@ class Injector:
         thread.set_sigmask(self._mask)
         thread.set_registers(self._original)
 
-    def _way_home(self) -> pt.Registers:
+    def _way_home(self) -> Registers:
         if not self._gadgets.heals:
             return self._home
         stack = self._frames + _FRAME_SIZE + 8
@@ -257,7 +259,7 @@ def _choose_thread(stopped: pt.StoppedProcess, vmas: list[Vma]) -> tuple[pt.Trac
         return main, pointer - RED_ZONE
     if not stack.start <= pointer < stack.end and stack.end - stack.start > 4 * need:
         return main, stack.start + need
-    raise CrtraceError(
+    raise TargetBusy(
         f"process {stopped.process.pid} has no room left on its main stack",
         hint="try again when it is less deep in calls",
     )

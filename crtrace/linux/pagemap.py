@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from crtrace.errors import TargetGone
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range(6))
@@ -62,7 +63,7 @@ class Scanner:
         Returns an ``(n, 2)`` array of half-open page ranges and ``(n,)`` categories. With ``arm``,
         each reported page that was written is write-protected in the same step, and pages outside
         write-protect VMAs are passed over in silence (so ask for those apart). ``start`` and
-        ``end`` are byte addresses. Raises ``OSError``.
+        ``end`` are byte addresses. Raises ``TargetGone``.
         """
         mask = want.need | want.exclude
         parts = []
@@ -74,7 +75,10 @@ class Scanner:
                     REPORTED,
                 )
             )  # fmt: skip
-            count = fcntl.ioctl(self.fd, _PAGEMAP_SCAN, arg)
+            try:
+                count = fcntl.ioctl(self.fd, _PAGEMAP_SCAN, arg)
+            except ProcessLookupError as error:
+                raise TargetGone("the address space that was scanned is gone") from error
             self.calls += 1
             parts.append(self._vector[:count].copy())
             start = _ARG.unpack(arg)[4]

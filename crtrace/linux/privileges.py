@@ -6,29 +6,30 @@ from crtrace.errors import NotPermitted
 from crtrace.linux.procfs import parse_status
 
 CAPABILITIES = {
+    "CAP_DAC_OVERRIDE": 1 << 1,
+    "CAP_DAC_READ_SEARCH": 1 << 2,
     "CAP_SYS_PTRACE": 1 << 19,
     "CAP_SYS_ADMIN": 1 << 21,
     "CAP_PERFMON": 1 << 38,
     "CAP_BPF": 1 << 39,
     "CAP_CHECKPOINT_RESTORE": 1 << 40,
 }
-STAND_INS = {"CAP_PERFMON", "CAP_BPF", "CAP_CHECKPOINT_RESTORE"}
-"""What CAP_SYS_ADMIN includes."""
+STAND_INS = {
+    "CAP_PERFMON": "CAP_SYS_ADMIN",
+    "CAP_BPF": "CAP_SYS_ADMIN",
+    "CAP_CHECKPOINT_RESTORE": "CAP_SYS_ADMIN",
+    "CAP_DAC_READ_SEARCH": "CAP_DAC_OVERRIDE",
+}
+"""The capability that includes another one."""
 
 
 def missing_capabilities() -> list[str]:
-    """Names of the capabilities that watching needs and this process has not got.
-
-    CAP_SYS_ADMIN itself is not needed where the finer ones are granted.
-    """
+    """Names of the capabilities that watching needs and this process has not got."""
     with open("/proc/self/status") as file:
         effective = int(parse_status(file.read())["CapEff"], 16)
-    admin = effective & CAPABILITIES["CAP_SYS_ADMIN"]
-    return [
-        name
-        for name, bit in CAPABILITIES.items()
-        if name != "CAP_SYS_ADMIN" and not effective & bit and not (admin and name in STAND_INS)
-    ]
+    held = {name for name, bit in CAPABILITIES.items() if effective & bit}
+    needed = ["CAP_SYS_PTRACE", *STAND_INS]
+    return [name for name in needed if name not in held and STAND_INS.get(name) not in held]
 
 
 def require_capabilities() -> None:

@@ -222,7 +222,7 @@ class Process:
 
     def explain(self, error: OSError, name: str) -> Exception:
         """The error to raise when ``/proc/PID/name`` could not be read."""
-        if error.errno in (errno.ESRCH, errno.ENOENT) and not self.alive():
+        if error.errno == errno.ESRCH or (error.errno == errno.ENOENT and not self.alive()):
             return TargetGone(f"process {self.pid} has exited")
         if error.errno in (errno.EACCES, errno.EPERM):
             return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")
@@ -272,10 +272,13 @@ class Process:
 
 
 def _no_such(pid: Pid, error: OSError) -> Exception:
-    if error.errno in (errno.ESRCH, errno.ENOENT):
+    leader = thread_status(pid, pid).get("Tgid", str(pid))
+    if leader != str(pid):
+        return UsageError(
+            f"{pid} is the number of a single thread", hint=f"its process is {leader}"
+        )
+    if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
         return TargetGone(f"there is no process {pid}")
-    if error.errno == errno.EINVAL:
-        return UsageError(f"{pid} is no process number, or the number of a single thread")
     return NotPermitted(f"not allowed to open process {pid}: {error.strerror}", hint="run as root")
 
 

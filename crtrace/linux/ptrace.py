@@ -6,7 +6,6 @@ import ctypes
 import errno
 import os
 import signal
-import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,6 +16,8 @@ from typing import Self
 from crtrace.errors import NotPermitted, TargetBusy, TargetGone
 from crtrace.linux.libc import ptrace
 from crtrace.linux.procfs import Process, comm_of, thread_status
+from crtrace.linux.registers import REGS_SIZE, Registers
+from crtrace.linux.waits import cut_short, started_again
 from crtrace.units import Pid
 
 CONT, SYSCALL, DETACH = 7, 24, 17
@@ -31,41 +32,6 @@ WALL = 0x40000000
 NT_PRSTATUS, NT_PRFPREG, NT_X86_XSTATE = 1, 2, 0x202
 XSTATE_MAX = 16384
 """Bytes kept ready for one thread's xstate: AMX, the largest today, needs 11,008."""
-
-_REGS = struct.Struct("<27Q")
-_NAMES = (
-    "r15", "r14", "r13", "r12", "rbp", "rbx", "r11", "r10", "r9", "r8", "rax", "rcx", "rdx",
-    "rsi", "rdi", "orig_rax", "rip", "cs", "eflags", "rsp", "ss", "fs_base", "gs_base",
-    "ds", "es", "fs", "gs",
-)  # fmt: skip
-REGS_SIZE = _REGS.size
-
-
-class Registers:
-    """The general registers of one thread, by name, as 64-bit unsigned numbers."""
-
-    __slots__ = ("values",)
-
-    def __init__(self, raw: bytes) -> None:
-        self.values = dict(zip(_NAMES, _REGS.unpack(raw), strict=True))
-
-    def __getitem__(self, name: str) -> int:
-        return int(self.values[name])
-
-    def signed(self, name: str) -> int:
-        """A register as the signed number that system call results are."""
-        value = self[name]
-        return value - (1 << 64) if value >> 63 else value
-
-    def changed(self, **values: int) -> Registers:
-        """A copy with some registers set; negative numbers wrap as in the processor."""
-        copy = Registers(self.pack())
-        copy.values.update({name: value & (1 << 64) - 1 for name, value in values.items()})
-        return copy
-
-    def pack(self) -> bytes:
-        """The kernel's ``user_regs_struct``."""
-        return _REGS.pack(*(self.values[name] for name in _NAMES))
 
 
 @dataclass(slots=True)
@@ -151,6 +117,7 @@ class StoppedProcess:
     def __init__(self, process: Process, patience: float = 1.0) -> None:
         self.process = process
         self.tracees: dict[Pid, Tracee] = {}
+        self.waits_given_back = 0
         self._patience = patience
         self._spare = [ctypes.create_string_buffer(XSTATE_MAX) for _ in process.threads()]
 
@@ -203,8 +170,13 @@ class StoppedProcess:
         return leader or next(iter(self.tracees.values()))
 
     def release(self) -> None:
-        """Detach from every thread; those that died meanwhile are no error."""
-        for tid in list(self.tracees):
+        """Detach from every thread; those that died meanwhile are no error.
+
+        Waits that our stop has ended with EINTR are begun again.
+        """
+        for tracee in self.tracees.values():
+            self.waits_given_back += _give_back_wait(self.process.pid, tracee)
+        for tid in self.tracees:
             _detach(tid)
         self.tracees.clear()
 
@@ -261,6 +233,22 @@ def _pause_a_little(tid: Pid, spins: int, deadline: float) -> int:
     else:
         os.sched_yield()
     return spins + 1
+
+
+def _give_back_wait(pid: Pid, tracee: Tracee) -> bool:
+    """Rewind a wait that our stop ended, unless a signal of its own is there to end it."""
+    try:
+        registers = tracee.registers()
+        if not cut_short(registers):
+            return False
+        status = thread_status(pid, tracee.tid)
+        pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
+        if pending & ~int(status.get("SigBlk", "0"), 16):
+            return False
+        tracee.set_registers(started_again(registers))
+    except ProcessLookupError:
+        return False  # it died, or has not reached its stop
+    return True
 
 
 def _detach(tid: Pid) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import errno
 
-from crtrace.linux.procfs import thread_status
-from crtrace.linux.ptrace import Registers, Tracee
-from crtrace.units import Pid
+from crtrace.linux.registers import Registers
 
 NEVER_RESTARTED = {
     45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 44: "sendto", 42: "connect", 43: "accept",
@@ -23,20 +21,11 @@ NEVER_RESTARTED = {
 """By number. The socket calls are here for those with SO_RCVTIMEO or SO_SNDTIMEO."""
 
 
-def give_back_wait(pid: Pid, tracee: Tracee) -> bool:
-    """Rewind a stopped thread whose wait our stop ended with EINTR; whether it was.
+def cut_short(registers: Registers) -> bool:
+    """Whether a stopped thread is about to return EINTR from a wait that is never restarted."""
+    return registers.signed("rax") == -errno.EINTR and registers["orig_rax"] in NEVER_RESTARTED
 
-    Left alone when a signal of its own is waiting: then EINTR is what the program is to see.
-    """
-    registers = Registers(tracee.prstatus)
-    if registers.signed("rax") != -errno.EINTR or registers["orig_rax"] not in NEVER_RESTARTED:
-        return False
-    status = thread_status(pid, tracee.tid)
-    blocked = int(status.get("SigBlk", "0"), 16)
-    pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
-    if pending & ~blocked:
-        return False
-    tracee.set_registers(
-        registers.changed(rax=registers["orig_rax"], rip=registers["rip"] - 2, orig_rax=-1)
-    )
-    return True
+
+def started_again(registers: Registers) -> Registers:
+    """Registers with which the thread enters its system call anew."""
+    return registers.changed(rax=registers["orig_rax"], rip=registers["rip"] - 2, orig_rax=-1)

@@ -105,7 +105,9 @@ _HINT = "crtrace check tells what is missing; scripts/setup installs it"
 
 
 def _last_lines(text: str, count: int = 3) -> str:
-    return " | ".join(text.splitlines()[-count:]) or "the loader died without a word"
+    """What the compiler or the kernel said, without Python's own lines."""
+    lines = [line for line in text.splitlines() if not line.startswith(("Traceback", " "))]
+    return " | ".join(lines[-count:]) or "the loader died without a word"
 
 
 def bpf_sources() -> Path:

@@ -8,7 +8,6 @@ import platform
 import subprocess
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -165,8 +164,8 @@ def _accounting() -> Probe:
 
 def _tracefs() -> Probe:
     paths = ("/sys/kernel/tracing/events", "/sys/kernel/debug/tracing/events")
-    found = next((path for path in paths if Path(path).is_dir()), "")
+    found = next((path for path in paths if os.access(path, os.R_OK)), "")
     return Probe(
-        "tracefs", bool(found), found or "not mounted", "BCC cannot attach to tracepoints",
+        "tracefs", bool(found), found or "not there for us", "BCC cannot attach to tracepoints",
         "mount -t tracefs tracefs /sys/kernel/tracing",
     )  # fmt: skip

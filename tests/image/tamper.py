@@ -51,19 +51,24 @@ def take_apart(data: bytes) -> Image:
         at += 32 + length + -length % 8
 
 
-def put_together(image: Image) -> bytes:
+def put_together(
+    image: Image, directory: Callable[[bytearray], object] = bytes, total: bytes = b""
+) -> bytes:
+    """The bytes of the image; ``directory`` may change its rows, ``total`` replaces its hash."""
     out, rows = bytearray(), bytearray()
     for number, record in enumerate(image.all, 1):
-        offset, data, total = len(out), bytes(record.payload), 0
+        offset, data = len(out), bytes(record.payload)
         head = struct.pack("<IIQII", record.type, record.flags, len(data), number, record.parent)
-        total = xxh3_64_intdigest(head + data)
-        out += head + struct.pack("<Q", total) + data + bytes(-len(data) % 8)
+        checksum = xxh3_64_intdigest(head + data)
+        out += head + struct.pack("<Q", checksum) + data + bytes(-len(data) % 8)
         rows += struct.pack(
-            "<IIIIQQQ", record.type, number, record.parent, record.flags, offset, len(data), total
-        )
-    directory, count = len(out), len(image.all)
-    tail = struct.pack("<QQQ", directory, len(rows), directory + 32 + len(rows) + 80)
-    last = b"\x89crtend\n" + tail + xxh3_128_digest(bytes(rows))
+            "<IIIIQQQ", record.type, number, record.parent, record.flags, offset, len(data),
+            checksum,
+        )  # fmt: skip
+    directory(rows)
+    at, count = len(out), len(image.all)
+    tail = struct.pack("<QQQ", at, len(rows), at + 32 + len(rows) + 80)
+    last = b"\x89crtend\n" + tail + (total or xxh3_128_digest(bytes(rows)))
     for kind, number, payload in ((13, count + 1, bytes(rows)), (14, count + 2, last)):
         head = struct.pack("<IIQII", kind, 0, len(payload), number, 0)
         out += head + struct.pack("<Q", xxh3_64_intdigest(head + payload)) + payload
@@ -72,14 +77,17 @@ def put_together(image: Image) -> bytes:
 
 def rewrite(path: Path, epoch: int, change: Callable[[Image], object]) -> None:
     """Change the image of an epoch and make its index entry fit."""
-    name = path / f"{epoch:08d}.img"
-    image = take_apart(name.read_bytes())
+    image = take_apart((path / f"{epoch:08d}.img").read_bytes())
     change(image)
-    data = put_together(image)
-    name.write_bytes(data)
+    enter(path, epoch, put_together(image))
+
+
+def enter(path: Path, epoch: int, data: bytes, image_hash: bytes = b"") -> None:
+    """Put an image in the place of an epoch's, with an index entry for it, or for another hash."""
+    (path / f"{epoch:08d}.img").write_bytes(data)
     index = bytearray((path / "chain.idx").read_bytes())
     at = 128 * (epoch + 1)
-    index[at + 56 : at + 80] = struct.pack("<Q", len(data)) + data[-16:]
-    total = xxh3_64_intdigest(bytes(index[16:32] + index[at : at + 120]))
-    index[at + 120 : at + 128] = struct.pack("<Q", total)
+    index[at + 56 : at + 80] = struct.pack("<Q", len(data)) + (image_hash or data[-16:])
+    checksum = xxh3_64_intdigest(bytes(index[16:32] + index[at : at + 120]))
+    index[at + 120 : at + 128] = struct.pack("<Q", checksum)
     (path / "chain.idx").write_bytes(index)

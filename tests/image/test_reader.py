@@ -231,6 +231,53 @@ def test_a_chain_made_of_many_epochs_is_streamed(tmp_path: Path) -> None:
     assert peak < 40 << 20
 
 
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A page index of many windows, and of more than one piece when it is checked."""
+    path = tmp_path_factory.mktemp("large") / "chain"
+    zeros = np.zeros((512, PAGE_SIZE), dtype=np.uint8)
+    with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+        add_task(image)
+        for part in np.array_split(np.arange(0, 3 * 280_000, 3, dtype=np.uint64), 600):
+            image.write_pages(SPACE, part, zeros[: len(part)])
+        image.commit({})
+    return path
+
+
+def test_single_pages_are_found_at_every_window_edge(large: Path) -> None:
+    with Chain.open(large) as chain:
+        index = chain.epoch().image.page_index(SPACE)
+        assert index
+        assert index.fences.tolist() == list(range(0, 3 * 280_000, 3 * 1024))
+        for edge in range(0, 280_000, 1024):
+            for row in range(max(edge - 3, 0), edge + 3):
+                found, _, rows = index.find(numbers([3 * row]))
+                assert (found.tolist(), rows.tolist()) == ([True], [row])
+                assert not index.find(numbers([3 * row + 1]))[0].any()
+                assert len(index.between(3 * row, 3 * row + 4).pages) == 2
+
+
+def test_a_search_for_pages_far_apart_reads_little(
+    large: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Chain.open(large) as chain:
+        image = chain.epoch().image
+        index = image.page_index(SPACE)
+        assert index
+        read: list[int] = []
+        real = image.span
+        monkeypatch.setattr(
+            image, "span", lambda *args: (read.append(args[2]), real(*args))[1], raising=False
+        )
+        asked = numbers([3, 3 * 140_000, 3 * 279_999])
+        found, _, rows = index.find(asked)
+        assert found.all()
+        assert rows.tolist() == [1, 140_000, 279_999]
+        assert len(index.hashes(rows)) == 3
+    assert read
+    assert sum(read) < 1 << 20
+
+
 def test_two_tables_of_mappings_do_not_mix(path: Path) -> None:
     with Chain.open(path) as chain:
         image = chain.epoch().image

@@ -178,6 +178,14 @@ def test_mappings_out_of_order_are_neither_written_nor_read(rows: list[tuple[int
         Vmas.unpack(payload, "here")
 
 
+def test_a_name_outside_of_the_heap_is_refused() -> None:
+    for offset, length in ((3, 2), (4, 1), (0, 5), (2**32 - 1, 2**32 - 1)):
+        row = tables.VMA_ROW.pack(0, 4096, 0, 0, 0, 0, 0, offset, length)
+        payload = heap.TABLE.pack(1, tables.VMA_ROW.size, 4) + row + b"heap"
+        with pytest.raises(ImageDamaged, match="outside of a heap of 4"):
+            Vmas.unpack(payload, "here")
+
+
 @pytest.mark.parametrize("ids", [(0,), (5, 5)])
 def test_files_without_a_name_of_their_own_are_neither_written_nor_read(
     ids: tuple[int, ...],

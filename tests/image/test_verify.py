@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from crtrace.analyze.verify import Report, verify
 from crtrace.errors import ChainIncomplete, CrtraceError, FormatTooNew, ImageDamaged, UsageError
 from crtrace.image.reader import Chain
 from tests.image.support import SPACE, contents, noise, page, small_chain
-from tests.image.tamper import Image, rewrite
+from tests.image.tamper import Image, enter, put_together, rewrite, take_apart
 
 FIRST, SECOND = "00000000.img", "00000001.img"
 
@@ -272,6 +273,80 @@ def test_lies_under_right_checksums_are_found(path: Path, lie: Callable[[Image],
             epoch.losses()
         except CrtraceError:
             pass
+
+
+@pytest.mark.parametrize("lie", [wrong_slot, point_elsewhere])
+def test_a_reader_never_takes_one_page_for_another(
+    path: Path, lie: Callable[[Image], None]
+) -> None:
+    rewrite(path, 0, lie)
+    with Chain.open(path) as chain, pytest.raises(ImageDamaged, match=r"slot|chunk"):
+        contents(chain.epoch(0))
+
+
+def test_a_slot_of_another_page_is_told_from_the_right_one(path: Path) -> None:
+    """Two entries that name each other's slots: every slot exists, none is right."""
+
+    def swap(image: Image) -> None:
+        index = image.records(10)[0].payload
+        at = 16 + 8 * int.from_bytes(index[8:16], "little")
+        first, third = slice(at, at + 8), slice(at + 16, at + 24)
+        index[first], index[third] = index[third], index[first]
+
+    rewrite(path, 0, swap)
+    assert not check(path).ok
+    with Chain.open(path) as chain, pytest.raises(ImageDamaged, match="other pages"):
+        contents(chain.epoch(0))
+
+
+def test_a_hash_changed_in_a_page_index_is_damage_of_the_index(path: Path) -> None:
+    with Chain.open(path) as chain:
+        image = chain.epoch(0).image
+        number = image.index_id(SPACE)
+        end = int(image.directory[number - 1]["offset"] + image.directory[number - 1]["length"])
+    data = bytearray((path / FIRST).read_bytes())
+    data[end + 31] ^= 1
+    (path / FIRST).write_bytes(data)
+    (damage,) = check(path).damage
+    assert damage.record == f"PAGE_INDEX {number}"
+    assert "checksum is" in damage.message
+    with Chain.open(path) as chain, pytest.raises(ImageDamaged, match="checksum is"):
+        contents(chain.epoch(0))
+
+
+def test_the_image_hash_is_checked_on_both_sides(path: Path) -> None:
+    data = (path / FIRST).read_bytes()
+    image = take_apart(data)
+    enter(path, 0, put_together(image, total=bytes(16)))
+    assert "DIRECTORY" in check(path).damage[0].message
+    enter(path, 0, data, bytes(16))
+    assert "index entry expects" in check(path).damage[0].message
+    enter(path, 0, data)
+    assert check(path).ok
+
+
+def set_field(row: int, at: int, value: int) -> Callable[[bytearray], None]:
+    def change(rows: bytearray) -> None:
+        rows[40 * row + at] = value
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_field(1, 16, 8),  # an offset
+        set_field(1, 4, 9),  # an id
+        set_field(1, 31, 0xFF),  # a length of many exabytes
+        lambda rows: rows.clear(),
+    ],
+)
+def test_a_directory_that_lies_is_refused(
+    path: Path, change: Callable[[bytearray], object]
+) -> None:
+    image = take_apart((path / FIRST).read_bytes())
+    enter(path, 0, put_together(image, change))
+    assert re.search("back to back|or there is none|record header", check(path).damage[0].message)
 
 
 def test_rewriting_without_a_lie_changes_no_byte(path: Path) -> None:

@@ -1,0 +1,132 @@
+"""The target goes on as if nothing had been there, also when crtrace is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crtrace.capture.session import Session
+from crtrace.image.store import ChainWriter
+from crtrace.linux.events import open_accounting
+from crtrace.linux.procfs import Process
+from crtrace.track.dirty import WrittenPages
+from crtrace.track.loader import Loading, Programs
+from crtrace.units import Pid
+from tests.live.conftest import Spawn
+from tests.live.exactness import judged
+from tests.live.harness import Untouched, blocked_in, status, tasks, wait_until
+from tests.live.runner import Watching, verified
+
+KILLS = 100
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    """The BPF programs, loaded once: a controller that is forked inherits them."""
+    if accounting := open_accounting():
+        accounting.close()  # only for what it imports, which takes long
+    with Loading().result() as loaded:
+        yield loaded
+
+
+def _control(pid: int, path: Path, programs: Programs) -> None:
+    """A controller's whole life: attach, then one epoch after another."""
+    with ChainWriter.open(path, create=True) as chain:
+        session = Session(Process(Pid(pid)), chain, WrittenPages(programs))
+        while True:
+            session.checkpoint()
+
+
+def _fork_controller(pid: int, path: Path, programs: Programs) -> int:
+    child = os.fork()
+    if child:
+        return child
+    try:
+        _control(pid, path, programs)
+    finally:
+        os._exit(1)  # only reached if it failed by itself
+
+
+def _untraced(pid: int) -> bool:
+    return all(status(pid, tid)["TracerPid"] == "0" for tid in tasks(pid))
+
+
+def test_a_controller_killed_at_any_moment_leaves_no_trace(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    rng = random.Random(1)
+    target = spawn("tiny")
+    path = tmp_path / "chain"
+    before = Untouched(target.pid)
+    reader = target.info["tids"]["reader"]
+    waiting = blocked_in(target.pid, reader)
+    epochs = []
+    for number in range(KILLS):
+        controller = _fork_controller(target.pid, path, programs)
+        # Half of them while it attaches, which takes some milliseconds.
+        time.sleep(rng.uniform(0.0, 0.015) if number % 2 else rng.uniform(0.0, 0.4))
+        os.kill(controller, signal.SIGKILL)
+        assert os.waitpid(controller, 0)[1] == signal.SIGKILL, "the controller failed by itself"
+        wait_until(lambda: _untraced(target.pid), "the kernel lets the target go")
+        # Its main thread comes and goes; of the others, two check their own registers.
+        before.assert_same(ignore=["registers"])
+        wait_until(lambda: blocked_in(target.pid, reader) == waiting, "the same wait goes on")
+        target.obey("check")
+        if (path / "chain.idx").exists() and number % 20 == 19:
+            epochs.append(len(verified(path)))
+    assert epochs == sorted(epochs)
+    assert epochs[-1] > 5, "hardly any controller lived long enough for an epoch"
+    with judged(target.pid, path) as run:
+        run.take()
+    target.terminate_and_check()
+
+
+@pytest.mark.parametrize("delay", [0.05, 0.4, 0.6, 0.8, 1.2])
+def test_the_program_itself_killed_leaves_no_trace(
+    spawn: Spawn, tmp_path: Path, delay: float
+) -> None:
+    target = spawn("tiny")
+    before = Untouched(target.pid)
+    with Watching(target.pid, tmp_path / "chain", "--interval", 0.01) as watching:
+        time.sleep(delay)
+        os.kill(watching.pid, signal.SIGKILL)
+    wait_until(lambda: _untraced(target.pid), "the kernel lets the target go")
+    before.assert_same(ignore=["registers"])
+    target.terminate_and_check()
+
+
+def test_waits_go_on_through_every_pause(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("sleepers")
+    before = Untouched(target.pid)
+    with judged(target.pid, tmp_path / "chain") as run:
+        for _ in range(5):
+            run.take()
+        assert run.stats[-1]["waits_given_back"] > 0
+    disturbed = {
+        name: (sleeper["returns"], sleeper["errno"])
+        for name, sleeper in target.ask("report").items()
+        if sleeper["returns"]
+    }
+    assert disturbed == {}
+    before.assert_same(ignore=["registers"])  # its main thread has just answered
+    target.terminate_and_check()
+
+
+def test_a_stopped_target_stays_stopped(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("tiny")
+    os.kill(target.pid, signal.SIGSTOP)
+    wait_until(lambda: status(target.pid)["State"][0] == "T", "it is stopped")
+    with judged(target.pid, tmp_path / "chain") as run:
+        run.take()
+        run.take()
+    assert run.stats[1]["pages_written"] == 0
+    assert status(target.pid)["State"][0] == "T"
+    os.kill(target.pid, signal.SIGCONT)
+    target.obey("check")
+    target.terminate_and_check()

@@ -177,7 +177,9 @@ def _check_link(chain: Chain, image: Image, report: Report, epochs: tuple[int, .
             return
         above = chain.image(parent)
     except ChainIncomplete as error:
-        report.damage.append(Damage(file=image.name, message=str(error), epochs=epochs))
+        report.damage.append(
+            Damage(file=image.name, message=str(error), epochs=epochs, missing=True)
+        )
         return
     except ImageDamaged:
         return  # found when the parent's turn came

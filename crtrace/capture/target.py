@@ -21,9 +21,10 @@ class Target:
 
     def __init__(self, process: Process) -> None:
         self.process = process
+        self.closed = False
         self.space = AddressSpace(process)
         self.book = MapBook()
-        self._pagemap = self._auxv = -1
+        self._pagemap = -1
         self.armer: Armer = UserfaultfdArmer(process, self.space)
         self.reader = MemoryReader(process)
         try:
@@ -38,6 +39,7 @@ class Target:
 
     def close(self) -> None:
         """Disarm; the process goes on. It may be called twice."""
+        self.closed = True
         self.armer.close()
         self.reader.close()
         if self._pagemap >= 0:
@@ -46,7 +48,7 @@ class Target:
 
     def same_program(self) -> bool:
         """Whether the process still runs in the address space that was armed."""
-        return self.reader.same_program(self._landmark)
+        return not self.closed and self.reader.same_program(self._landmark)
 
     def vdso(self) -> U64:
         """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""

@@ -33,8 +33,8 @@ class MemoryReader:
         """Whether the address space still lives, asked with an address that was readable in it."""
         try:
             return len(os.pread(self._mem, 1, known)) == 1
-        except OSError:
-            return True  # an address space that refuses is one that is there
+        except OSError as error:
+            return error.errno == errno.EIO  # it is there, but not that page
 
     def read(self, ranges: U64, out: Bytes) -> list[tuple[int, int]]:
         """Fill ``out`` (flat, at least the bytes of ``ranges``) with the pages in order.

@@ -246,8 +246,8 @@ def _give_back_wait(pid: Pid, tracee: Tracee) -> bool:
         if pending & ~int(status.get("SigBlk", "0"), 16):
             return False
         tracee.set_registers(started_again(registers))
-    except ProcessLookupError:
-        return False  # it died, or has not reached its stop
+    except OSError:
+        return False  # it died, or has not reached its stop: nothing may keep it from being let go
     return True
 
 

@@ -104,7 +104,7 @@ def test_no_wait_of_the_target_ends_because_it_is_watched(spawn: Spawn, chain: P
     report = target.ask("report")
     disturbed = {name: sleeper["returns"] for name, sleeper in report.items()}
     assert not {name: times for name, times in disturbed.items() if times}
-    snapshot.assert_same()
+    snapshot.assert_same(ignore=["registers"])  # its main thread has just answered
     target.terminate_and_check()
 
 
@@ -477,7 +477,7 @@ def test_whatever_the_umask_only_the_owner_reads_what_is_written(
 
 
 def test_the_demo_proves_itself(chain: Path) -> None:
-    (report,) = run("demo", "--json", "-o", chain).expect(0).events
+    (report,) = run("demo", "--json", "-o", chain, timeout=60).expect(0).events
     assert report["exact"] is True
     assert len(report["epochs"]) == 10
     assert all(row["pages_compared"] > 1000 and not row["wrong"] for row in report["epochs"])

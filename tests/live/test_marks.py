@@ -1,0 +1,161 @@
+"""What BPF marks, against what targets are known to write."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crtrace.linux.procfs import Process
+from crtrace.track.dirty import WrittenPages
+from crtrace.track.loader import Loading, Programs, bpf_sources
+from crtrace.units import PAGE_SIZE, U64, Pid
+from tests.live.conftest import Spawn
+from tests.live.exactness import judged
+from tests.live.harness import compile_target, wait_until
+from tests.live.runner import CRTRACE, run, verified
+
+
+@pytest.fixture
+def programs() -> Iterator[Programs]:
+    """Freshly loaded programs: maps are empty and detached afterwards."""
+    with Loading().result() as loaded:
+        yield loaded
+
+
+def pages_between(marked: U64, start: int, size: int) -> set[int]:
+    """The marked pages within a range of addresses, counted from its start."""
+    first = start // PAGE_SIZE
+    inside = marked[(marked >= first) & (marked < first + size // PAGE_SIZE)]
+    return {int(page) - first for page in inside}
+
+
+def test_bpf_compiles_without_warnings() -> None:
+    """The loader's child is silent: what clang has to say comes on its stderr."""
+    loading = Loading()
+    loading.result().close()
+    code = (
+        "import socket, sys; from crtrace.track import loader;"
+        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
+        "loader._load(b, 64)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    assert (bpf_sources() / "track.c").is_file()
+
+
+def test_several_processes_are_told_apart(spawn: Spawn, programs: Programs) -> None:
+    marks = WrittenPages(programs)
+    targets = [spawn("layout") for _ in range(3)]
+    with ExitStack() as stack:
+        numbers = [marks.add(stack.enter_context(Process(Pid(target.pid)))) for target in targets]
+        assert len(set(numbers)) == 3
+        for at, target in enumerate(targets):
+            target.obey(f"write anon_unwritten {2 * at} {at + 1} 5")
+        marks.switch()
+        drained = marks.drain()
+    for at, (number, target) in enumerate(zip(numbers, targets, strict=True)):
+        area = target.ask("areas")["anon_unwritten"]
+        written = pages_between(drained[number], area["addr"], area["pages"] * PAGE_SIZE)
+        assert written == set(range(2 * at, 3 * at + 1))
+
+
+def test_marks_of_the_next_generation_are_kept_apart(spawn: Spawn, programs: Programs) -> None:
+    marks = WrittenPages(programs)
+    target = spawn("layout")
+    area = target.ask("areas")["anon_unwritten"]
+    with Process(Pid(target.pid)) as process:
+        number = marks.add(process)
+        seen = []
+        for page in range(4):
+            target.obey(f"write anon_unwritten {page} 1 5")
+            marks.switch()
+            pages = marks.drain().get(number, np.empty(0, dtype=np.uint64))
+            seen.append(pages_between(pages, area["addr"], area["pages"] * PAGE_SIZE))
+    assert seen == [{0}, {1}, {2}, {3}]
+
+
+def test_the_first_faults_of_children_are_seen(spawn: Spawn, programs: Programs) -> None:
+    marks = WrittenPages(programs)
+    target = spawn("spawner")
+    with Process(Pid(target.pid)) as process:
+        number = marks.add(process, follow=True)
+        children = target.ask("fork 5 32") + target.ask("threads 2 32 3") + target.ask("tree 3 16")
+        assert set(marks.targets()) >= {number, *(child["pid"] for child in children)}
+        marks.switch()
+        drained = marks.drain()
+    for child in children:
+        pages = child["pages"]
+        for area in ("inherited", "fresh"):
+            written = pages_between(drained[child["pid"]], child[area], pages * PAGE_SIZE)
+            assert written == set(range(pages)), f"{area} of {child}"
+    target.obey("reap")
+    wait_until(lambda: marks.targets() == [number], "children that ended are targets no more")
+    assert marks.lost_children() == 0
+
+
+def test_pages_without_room_in_the_map_are_counted(spawn: Spawn) -> None:
+    with Loading(regions=4).result() as programs:
+        marks = WrittenPages(programs)
+        target = spawn("writer", "--mib", 64, "--running", 0)
+        with Process(Pid(target.pid)) as process:
+            number = marks.add(process)
+            target.obey("go")
+            wait_until(lambda: marks.counts(number).lost > 100, "losses are counted")
+
+
+def test_changes_of_the_address_space_are_counted(spawn: Spawn, programs: Programs) -> None:
+    marks = WrittenPages(programs)
+    target = spawn("layout")
+    with Process(Pid(target.pid)) as process:
+        number = marks.add(process)
+        for change in ("brk +4", "brk -4", "mmap extra 8", "mremap anon_written", "munmap extra"):
+            before = marks.counts(number).map_changes
+            target.obey(change)
+            assert marks.counts(number).map_changes > before, change
+        before = marks.counts(number).map_changes
+        target.obey("write anon_written 0 8 3")
+        assert marks.counts(number).map_changes == before
+
+
+def test_bpf_and_scan_agree_on_scattered_writes(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("writer", "--mib", 64, "--threads", 2, "--rate", 20, "--fill", 1)
+    with judged(target.pid, tmp_path / "chain") as judge:
+        for _ in range(4):
+            judge.take()
+    for stats in judge.stats[1:]:
+        assert stats["bpf_pages"] > 100
+        assert stats["bpf_missed"] == 0
+        assert stats["bpf_lost_events"] == 0
+
+
+def test_watch_works_from_inside_a_pid_namespace(tmp_path: Path) -> None:
+    """Both the watcher and its target have other numbers there than the kernel counts by."""
+    fifo = tmp_path / "ready"
+    os.mkfifo(fifo)
+    writer = compile_target("writer")
+    watch = " ".join(CRTRACE)
+    script = (
+        f"exec 3<>{fifo}; {writer} {fifo} --mib 8 --rate 20 & target=$!;"
+        f"read -r line <&3;"
+        f"{watch} watch $target -o {tmp_path}/chain --count 4 --interval 0.3 --json;"
+        "code=$?; kill $target; wait $target; exit $((code * 10 + $?))"
+    )
+    done = subprocess.run(
+        ["unshare", "--pid", "--fork", "--mount-proc", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert verified(tmp_path / "chain") == [0, 1, 2, 3]
+    (shown,) = run("show", tmp_path / "chain", "--json").expect(0).events
+    assert shown["stats"]["bpf_pages"] > 50
+    assert shown["stats"]["bpf_missed"] == 0

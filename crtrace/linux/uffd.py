@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import struct
+from contextlib import suppress
 
 from crtrace.errors import FeatureMissing
 
@@ -20,6 +21,8 @@ CREATE_FLAGS = O_CLOEXEC | USER_MODE_ONLY
 _UFFD_API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_UNREGISTER = 0x8010AA01
+_UFFDIO_WRITEPROTECT = 0xC018AA06
 _REGISTER_MODE_WP = 2
 WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
 FEATURES = WP_HUGETLBFS_SHMEM | WP_UNPOPULATED | WP_ASYNC
@@ -39,6 +42,10 @@ def enable(fd: int) -> None:
 def register(fd: int, start: int, end: int) -> int:
     """Register whole VMAs in ``[start, end)`` (bytes) for write protection; 0 or the errno.
 
+    Afterwards no page of them is protected. Marks may be left from an earlier registration that
+    ``mremap`` ended, on pages that have been made writable since: such a page would look protected
+    for ever, and its writes be missed. So all marks are taken off.
+
     ``EBUSY``: another userfaultfd holds the range. ``EPERM``/``EINVAL``: the kernel does not track
     that kind. ``ENOMEM``: the range is gone, or its address space is.
     """
@@ -47,5 +54,12 @@ def register(fd: int, start: int, end: int) -> int:
             fd, _UFFDIO_REGISTER, struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
         )
     except OSError as error:
+        return error.errno or errno.EIO
+    try:
+        fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, struct.pack("<3Q", start, end - start, 0))
+    except OSError as error:
+        # The map changed under us: what was registered of it must not be believed.
+        with suppress(OSError):
+            fcntl.ioctl(fd, _UFFDIO_UNREGISTER, struct.pack("<2Q", start, end - start))
         return error.errno or errno.EIO
     return 0

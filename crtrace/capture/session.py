@@ -146,6 +146,11 @@ class Session:
         stats["total_time"] = work.elapsed()
         return entry, stats
 
+    @property
+    def heals(self) -> bool:
+        """Whether the target would have put itself right had we died while attaching."""
+        return self._target.armer.heals
+
     def program_changed(self) -> bool:
         """Whether the process has called ``execve`` since it was armed."""
         return self.process.alive() and not self._target.same_program()

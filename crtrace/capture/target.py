@@ -9,7 +9,7 @@ from crtrace.capture.state import MapBook
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import Scanner
-from crtrace.linux.procfs import Process, Vma
+from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.track.armer import Armer
 from crtrace.track.userfaultfd import UserfaultfdArmer
@@ -68,9 +68,3 @@ def _opened(each: MappedObject, process: Process) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-def skipped(vma: Vma) -> bool:
-    """Whether a VMA's contents are left out though they are neither a file's nor reproducible:
-    device memory, which reading could disturb."""
-    return vma.name.startswith("/dev/") and vma.shared and not vma.name.startswith("/dev/shm/")

@@ -55,6 +55,9 @@ def watch(
                 Watch(session, requests, interval=interval, count=count)
             ) as watched:  # fmt: skip
                 note(f"watching {pid} ({session.process.comm}) into {path}")
+                if not session.heals:
+                    note("its code or a shadow stack forbids the safest way to attach: had crtrace")
+                    note("been killed in that moment, the target would have been lost")
                 for event in watched.run():
                     bar.clear()
                     say(event)

@@ -35,6 +35,10 @@ class Armer(Protocol):
     ldt: bytes
     """The target's local descriptor table as found by ``arm``; empty if nobody looked."""
 
+    @property
+    def heals(self) -> bool:
+        """Whether the target puts itself right should we die during ``arm``."""
+
     def arm(self, stopped: StoppedProcess) -> None:
         """Set up, with the target stopped. Everything counts as written until the first scan."""
 

@@ -64,7 +64,7 @@ class UserfaultfdArmer:
 
     @property
     def heals(self) -> bool:
-        """Whether the target would put itself right if we died while arming it."""
+        """See :class:`crtrace.track.armer.Armer`."""
         return self._gadgets.heals
 
     def arm(self, stopped: StoppedProcess) -> None:

@@ -387,7 +387,7 @@ def test_a_full_disk_costs_the_epoch_under_way_and_nothing_else(layout: Target, 
     assert [event["event"] for event in result.events] == ["checkpoint"]
     assert names(chain) == {"00000000.img", "chain.idx", "lock"}
     assert verified(chain) == [0]
-    snapshot.assert_same()
+    snapshot.assert_same(ignore=["registers"])  # its main thread has just answered
     target.terminate_and_check()
 
 

@@ -21,7 +21,7 @@ from crtrace.units import Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged
 from tests.live.harness import Untouched, blocked_in, status, tasks, wait_until
-from tests.live.runner import Watching, verified
+from tests.live.runner import Watching, run
 
 KILLS = 100
 
@@ -79,11 +79,12 @@ def test_a_controller_killed_at_any_moment_leaves_no_trace(
         wait_until(lambda: blocked_in(target.pid, reader) == waiting, "the same wait goes on")
         target.obey("check")
         if (path / "chain.idx").exists() and number % 20 == 19:
-            epochs.append(len(verified(path)))
+            (report,) = run("verify", path, "--json").expect(0).events
+            epochs.append(len(report["epochs"]))
     assert epochs == sorted(epochs)
     assert epochs[-1] > 5, "hardly any controller lived long enough for an epoch"
-    with judged(target.pid, path) as run:
-        run.take()
+    with judged(target.pid, path) as after:
+        after.take()
     target.terminate_and_check()
 
 

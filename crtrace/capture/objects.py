@@ -84,15 +84,15 @@ class MappedObject:
         size = os.fstat(self.fd).st_size
         end = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
         inside = intersect(self.extent(), np.array([[0, max(end, 0)]], dtype=np.uint64))
-        if self.facts.memory or not self.facts.links:
-            return merge(*(_data_ranges(self.fd, *span) for span in inside.tolist()), no_pages())
         present = [self._present(scanner, vma) for vma in self.vmas]
+        if self.facts.memory or not self.facts.links:
+            data = (_data_ranges(self.fd, *span) for span in inside.tolist())
+            return intersect(merge(*data, *present), inside)
         stored = np.stack((known, known + np.uint64(1)), axis=1)
         return intersect(merge(*present, stored), inside)
 
     def _present(self, scanner: pagemap.Scanner, vma: Vma) -> U64:
-        want = pagemap.Filter(any_of=pagemap.PRESENT)
-        ranges, _ = scanner.scan(want, start=vma.start, end=vma.end)
+        ranges, _ = scanner.scan(pagemap.Filter(), start=vma.start, end=vma.end)
         shift = (vma.offset >> PAGE_SHIFT) - vma.first_page
         return (ranges.astype(np.int64) + shift).astype(np.uint64)
 

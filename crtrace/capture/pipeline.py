@@ -19,8 +19,8 @@ from crtrace.image.imagewriter import ImageWriter
 from crtrace.linux.libc import lock_and_touch
 from crtrace.units import CHUNK_BYTES, PAGE_SIZE, U64, Bytes
 
-BUFFERS = 24
-"""2 MiB each: what a pause can copy without waiting for the writers is 48 MiB."""
+BUFFERS = 20
+"""2 MiB each: what a pause can copy without waiting for the writers is 40 MiB."""
 
 
 @dataclass(frozen=True, slots=True)

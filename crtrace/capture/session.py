@@ -22,6 +22,7 @@ from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.events import open_accounting
+from crtrace.linux.files import FileFacts
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.track.dirty import Counts, WrittenPages
@@ -79,7 +80,7 @@ class Session:
         self._witness = witness
         self._little = max(1, min(LITTLE, int((max_pause_ms - 2) * PAGES_PER_MS)))
         self._objects = ObjectTable(MM_SPACE + 1)
-        self._steady: dict[int, object] = {}
+        self._steady: dict[int, FileFacts] = {}
         self._carried = no_pages()
         self._fresh = True
         self._counted = Counts(0, 0, 0)
@@ -143,6 +144,7 @@ class Session:
                 stats["paid"] = self._accounting.totals(self.process)
             entry = image.commit(stats)
             work.committed, self._fresh = True, False
+            self._steady = work.steady
         stats["total_time"] = work.elapsed()
         return entry, stats
 
@@ -224,9 +226,11 @@ class Session:
         objects = self._target.objects(self._objects)
         try:
             for each in objects:
-                if each.steady and self._steady.get(each.space) != each.facts:
+                if not each.steady:
+                    continue
+                if work.whole or self._steady.get(each.space) != each.facts:
                     self._copy_object(work, each)
-                    self._steady[each.space] = each.facts
+                work.steady[each.space] = each.facts
             yield objects
         finally:
             for each in objects:
@@ -278,7 +282,7 @@ class Session:
         residual = subtract(merge(scan.written, work.retry()), work.gone)
         work.residual = self._copy(work, residual, work.rounds, lambda pages: None)
         for each in objects:
-            if not each.steady or each.space not in self._steady:
+            if work.steady.get(each.space) != each.facts:
                 self._copy_object(work, each)
         work.objects = {each.key: each.space for each in objects}
         return self._snapshot(work, stopped)

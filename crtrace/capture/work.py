@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from crtrace.capture.copy import Copied
+from crtrace.linux.files import FileFacts
 from crtrace.track.dirty import Counts
 from crtrace.units import U64, contains, count_pages, merge, no_pages, to_ranges
 
@@ -36,6 +37,8 @@ class Work:
     marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Written page numbers as BPF saw them."""
     objects: dict[tuple[int, int], int] = field(default_factory=dict)
+    steady: dict[int, FileFacts] = field(default_factory=dict)
+    """Objects that nobody writes, by space, as they were when they were read."""
     populated: dict[int, U64] = field(default_factory=dict)
     pages_compared: int = 0
     committed: bool = False

@@ -62,7 +62,11 @@ def observe(pid: int) -> Seen:
             entries = np.frombuffer(
                 os.pread(pagemap, (end - start) // PAGE_SIZE * 8, start // PAGE_SIZE * 8), np.uint64
             )
-            _copy_runs(seen, memory, start, _owned(entries, private))
+            owned = _owned(entries, private)
+            if private and inode != "0":
+                # A file's page that is just being reclaimed looks like one of its own for a moment.
+                owned = owned[(entries[owned] & _SWAPPED) == 0]
+            _copy_runs(seen, memory, start, owned)
     finally:
         os.close(memory)
         os.close(pagemap)

@@ -10,7 +10,7 @@ import numpy as np
 from crtrace.image.losses import UnreadableRange
 from crtrace.image.pagetable import PageTable
 from crtrace.image.places import SAME, PageKind, chunks, kinds, place, slots
-from crtrace.units import U64, to_ranges
+from crtrace.units import U64, Bools, to_ranges
 
 LAST_ROUND = 1 << 30
 """The round of what is true at the end of an epoch whatever was read before: holes."""
@@ -74,32 +74,51 @@ class PendingSpace:
         # Chunks are written as threads get to them: most often sorting the pieces is enough.
         order = sorted(range(len(self._pages)), key=lambda at: int(self._pages[at][0]))
         pages = np.concatenate([self._pages[at] for at in order])
-        lengths = list(map(len, self._pages))
-        last: Positions | None = None
+        picked = None
         if (pages[1:] <= pages[:-1]).any():
             order = sorted(range(len(self._pages)), key=lambda at: self._rounds[at])
             pages = np.concatenate([self._pages[at] for at in order])
-            last = _last_of_each(pages)
-            pages = pages[last]
+            picked = _Picked(_last_of_each(pages))
+            pages = pages[picked.rows]
+        lengths = list(map(len, self._pages))
         self._pages = []
-        places = np.concatenate([self._places[at] for at in order])
-        self._places = []
-        hashes = _join(self._hashes, order, lengths)
-        self._hashes, self._rounds = [], []
-        if last is not None:
-            places, hashes = places[last], hashes[last]
+        places = _join(self._places, order, lengths, picked, np.empty(len(pages), np.uint64))
+        hashes = _join(self._hashes, order, lengths, picked, np.zeros((len(pages), 2), np.uint64))
+        self._places, self._hashes, self._rounds = [], [], []
         return _meaningful(Entries(pages, places, hashes), parent)
 
 
-def _join(pieces: list[U64 | None], order: list[int], lengths: list[int]) -> U64:
-    """The hash column; each piece is freed as soon as it is copied."""
-    joined = np.zeros((sum(lengths), 2), dtype=np.uint64)
+class _Picked:
+    """Rows picked out of joined columns; kept so that they can be found piece by piece."""
+
+    def __init__(self, rows: Positions) -> None:
+        self.rows = rows
+        self._to = np.argsort(rows)
+        self._ascending = rows[self._to]
+
+    def within(self, start: int, end: int) -> tuple[Positions, Positions]:
+        """Where the picked rows of ``[start, end)`` go, and which they are, from ``start``."""
+        first, last = np.searchsorted(self._ascending, (start, end))
+        return self._to[first:last], self._ascending[first:last] - start
+
+
+def _join(
+    pieces: list[U64] | list[U64 | None],
+    order: list[int],
+    lengths: list[int],
+    picked: _Picked | None,
+    joined: U64,
+) -> U64:
+    """Fill a column from its pieces; each is freed as soon as it is copied."""
     end = 0
     for at in order:
         start, end = end, end + lengths[at]
-        piece, pieces[at] = pieces[at], None
-        if piece is not None:
+        piece, pieces[at] = pieces[at], None  # type: ignore[call-overload]
+        if piece is not None and picked is None:
             joined[start:end] = piece
+        elif piece is not None and picked is not None:
+            to, rows = picked.within(start, end)
+            joined[to] = piece[rows]
     return joined
 
 
@@ -119,7 +138,15 @@ def _meaningful(entries: Entries, parent: PageTable | None) -> Entries:
     holes = np.flatnonzero(kind == PageKind.HOLE)
     if len(holes):
         keep[holes] = False if parent is None else parent.lookup(entries.pages[holes])[0]
-    return entries.select(keep)
+    return entries if keep.all() else _compacted(entries, keep)
+
+
+def _compacted(entries: Entries, keep: Bools) -> Entries:
+    """The entries that ``keep`` marks, in the same memory: a copy of all would be too much."""
+    count = int(np.count_nonzero(keep))
+    for column in (entries.pages, entries.places, entries.hashes):
+        column[:count] = column[keep]
+    return entries.part(0, count)
 
 
 def unreadable(errno: int, reason: int) -> np.uint64:

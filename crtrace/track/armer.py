@@ -18,8 +18,8 @@ class Scan:
     """Pages with contents of their own that may differ from when the last scan returned: never too
     few. Some may turn out unchanged, or zeros."""
     gone: U64
-    """Where no page has contents of its own: not mapped, never written, discarded, or back to the
-    contents of the mapped file. To be trusted only if the target was stopped."""
+    """Where no page has contents of its own: not mapped privately, never written, discarded, or of
+    a mapped file. To be trusted only if the target was stopped."""
     unarmed: U64
     """Those among ``written`` that cannot be armed, so they are read every time."""
 

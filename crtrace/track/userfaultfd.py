@@ -20,8 +20,9 @@ from crtrace.linux.pagemap import Filter, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.ptrace import StoppedProcess
 from crtrace.track.armer import Scan
-from crtrace.units import PAGE_SHIFT, U64, Bools, intersect, merge, no_pages, subtract
+from crtrace.units import PAGE_SHIFT, U64, intersect, merge, no_pages, subtract
 
+SMALL_GAP = 64  # pages
 EVERYTHING = np.array([[0, pagemap.TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
 
 
@@ -29,11 +30,13 @@ def _private_file(vma: Vma) -> bool:
     return vma.file_backed and not vma.shared
 
 
-def _touched(ranges: U64, by: U64) -> Bools:
-    """Which of ``ranges`` hold a page of ``by``; both disjoint and ascending."""
-    first = np.searchsorted(by[:, 1], ranges[:, 0], side="right")
-    hit: Bools = (first < len(by)) & (by[np.minimum(first, len(by) - 1), 0] < ranges[:, 1])
-    return hit
+def _coalesced(ranges: U64) -> U64:
+    """Ranges joined over small gaps, so that the parts of a library take one system call."""
+    if not len(ranges):
+        return ranges
+    far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > SMALL_GAP) + 1
+    starts, ends = np.concatenate(([0], far)), np.concatenate((far, [len(ranges)])) - 1
+    return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
 
 
 class UserfaultfdArmer:
@@ -96,10 +99,10 @@ class UserfaultfdArmer:
         unarmed = self._register(space, fresh) if len(fresh) else fresh
         written, _ = self._scanner.scan(self._written, arm=True)
         absent, markers = self._not_present_ranges(space)
-        of_file = self._of_file(space, written)
-        mapped = merge(space.ranges(lambda vma: True))
-        gone = merge(subtract(EVERYTHING, mapped), absent, of_file)
-        return Scan(merge(subtract(written, of_file), fresh, markers), gone, unarmed)
+        of_files = self._of_files(space)
+        mapped = merge(space.ranges(lambda vma: not vma.shared))
+        gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
+        return Scan(merge(subtract(written, of_files), fresh, markers), gone, unarmed)
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
@@ -134,23 +137,20 @@ class UserfaultfdArmer:
             markers = intersect(markers, space.ranges(_private_file))
         return ranges[~swapped], markers
 
-    def _of_file(self, space: AddressSpace, written: U64) -> U64:
-        """The part of ``written`` whose contents are those of a mapped file.
+    def _of_files(self, space: AddressSpace) -> U64:
+        """The parts of private file mappings whose contents are those of the file.
 
         To ask of every page whether it is its file's takes ten times as long as the scan itself, so
-        only the file mappings that have new pages are asked.
+        only where files are mapped it is asked.
         """
-        files = space.ranges(_private_file)
-        suspects = intersect(written, files)
-        if not len(suspects):
-            return suspects
+        files = merge(space.ranges(_private_file))
         own = [no_pages()]
-        for start, end in files[_touched(files, suspects)].tolist():
+        for start, end in _coalesced(files).tolist():
             ranges, _ = self._scanner.scan(
                 self._own, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT
             )
             own.append(ranges)
-        return subtract(suspects, merge(*own))
+        return subtract(files, merge(*own))
 
     def close(self) -> None:
         """Lift every protection by closing the userfaultfd."""

@@ -9,6 +9,7 @@
  *   discard    MADV_DONTNEED, and read
  *   away back  mremap() to another place; and back, where it can merge with what stayed
  *   poke       write the next number to the first page
+ *   side       write the next number to a page that was never moved
  *   look       nothing
  */
 #include "target.h"
@@ -61,6 +62,8 @@ static bool obey(const char *line)
 		move(PLACE + 4 * PAGE);
 	} else if (!strcmp(line, "poke")) {
 		fill(at, 1, next++);
+	} else if (!strcmp(line, "side")) {
+		fill(PLACE, 1, next++);
 	} else if (strcmp(line, "look")) {
 		return false;
 	}

@@ -82,6 +82,9 @@ class RecordFile:
         with explained("writing", self._directory.path / self._name):
             while left:
                 done = os.pwritev(self._fd, left, offset)
+                # Begin to write to disk now: less is left for the end, and the page cache is
+                # spared, which others may need more than an image that nobody reads.
+                os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
                 offset += done
                 left = _after(left, done)
 

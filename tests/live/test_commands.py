@@ -173,13 +173,20 @@ def test_the_first_signal_finishes_the_epoch_under_way(
     target.terminate_and_check()
 
 
+def assert_stopped_at_once(result: Result) -> None:
+    """It ended by the second of two signals; which of two that come at once that is, is open."""
+    assert result.code in (128 + signal.SIGINT, 128 + signal.SIGTERM), result.stderr
+    assert "committed epochs are whole" in result.stderr
+
+
 @pytest.mark.parametrize("mib", [1, 20, 40, 64])
 def test_the_second_signal_stops_at_once(spawn: Spawn, chain: Path, mib: int) -> None:
     target = spawn(*BIG)
     with Watching(target.pid, chain) as watching:
         await_part(chain, 0, mib << 20)
         watching.signal(signal.SIGINT, signal.SIGTERM)
-        result = watching.wait(5).expect(128 + signal.SIGTERM, "committed epochs are whole")
+        result = watching.wait(5)
+    assert_stopped_at_once(result)
     assert result.events == []
     assert verified(chain) == []
     assert set(os.listdir(chain)) == {"chain.idx", "lock"}
@@ -198,8 +205,7 @@ def test_the_second_signal_leaves_committed_epochs_whole(spawn: Spawn, chain: Pa
         await_part(chain, 1, 1 << 20)
         watching.signal(signal.SIGTERM, signal.SIGINT)
         result = watching.wait(5)
-    # Both have arrived before either is looked at, so the order is that of their numbers.
-    result.expect(128 + signal.SIGTERM, "committed epochs are whole")
+    assert_stopped_at_once(result)
     assert verified(chain) == [0]
     target.terminate_and_check()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from crtrace.linux.procfs import Process, refuse_unsuitable
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Loading
 from crtrace.units import Pid
+
+log = logging.getLogger("crtrace")
 
 
 @contextmanager
@@ -43,7 +46,12 @@ def attached(
         except BaseException:
             loading.abandon()
             raise
-        marks = WrittenPages(stack.enter_context(loading.result()))
+        programs = stack.enter_context(loading.result())
+        log.debug(
+            "BPF with headers %s: bcc imported in %.3f s, compiled in %.3f s, ready after %.3f s",
+            programs.headers, *(programs.seconds[name] for name in ("import", "compile", "total")),
+        )  # fmt: skip
+        marks = WrittenPages(programs)
         session = Session(
             process, chain, marks, max_pause_ms=max_pause_ms, progress=progress, witness=witness
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -29,8 +30,18 @@ for command in (
     cli.add_command(command)
 
 
+def _log_to_stderr() -> None:
+    """Our own log only: libraries have much to say."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(relativeCreated)6d ms  %(message)s"))
+    logging.getLogger("crtrace").addHandler(handler)
+    logging.getLogger("crtrace").setLevel(logging.DEBUG)
+
+
 def main() -> None:
     """Run a command and exit as DESIGN.md's table of exit codes says."""
+    if os.environ.get("CRTRACE_DEBUG"):
+        _log_to_stderr()
     try:
         # Not cli.main(): it would take a closed pipe for a failure.
         with cli.make_context("crtrace", sys.argv[1:]) as context:

@@ -488,3 +488,10 @@ def test_the_demo_proves_itself(chain: Path) -> None:
     assert len(report["epochs"]) == 10
     assert all(row["pages_compared"] > 1000 and not row["wrong"] for row in report["epochs"])
     assert verified(chain) == [*range(10)]
+
+
+def test_the_debug_log_has_the_time_of_the_compile(spawn: Spawn, chain: Path) -> None:
+    target = spawn("threads")
+    result = run("dump", target.pid, "-o", chain, env={"CRTRACE_DEBUG": "1"}).expect(0)
+    assert re.search(r"BPF with headers .*: .* compiled in \d\.\d{3} s, ready after", result.stderr)
+    assert "compiled" not in run("dump", target.pid, "-o", chain).expect(0).stderr

@@ -129,8 +129,11 @@ def test_gdb_finds_the_named_function_in_every_backtrace(
     for thread in core.info["threads"]:
         names = threads[thread["tid"]]["names"]
         assert thread["function"] in names, names
-        # To the outermost frame: the stack was unwound through libc as well.
-        assert names[-1] in ("clone3", "__clone3", "clone", "__clone"), names
+        # To the outermost frame: the stack was unwound through libc as well, some builds of which
+        # have no names for these two.
+        outer = names[names.index(thread["function"]) + 1 :]
+        assert len(outer) == 2, names
+        assert outer[-1] in ("clone3", "__clone3", "clone", "__clone", None), names
     assert "main" in threads[core.pid]["names"]
 
 
@@ -153,7 +156,7 @@ def test_a_thread_that_ran_is_found_in_its_loop(
 def test_gdb_knows_the_mapped_files(core: Core) -> None:
     said = core.gdb("info proc mappings", "info proc exe")
     rows = re.findall(
-        r"^\s*0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+(\S+)$", said, re.M
+        r"^\s*0x([0-9a-f]+)\s+0x([0-9a-f]+)\s+0x[0-9a-f]+\s+0x([0-9a-f]+)\s+(\S+)\s*$", said, re.M
     )
     mapped = {row[3] for row in rows}
     assert str(core.program) in mapped

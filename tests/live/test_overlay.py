@@ -13,7 +13,7 @@ from tests.live.exactness import judged, reader
 STORIES = (
     "look poke away poke back poke poke poke",
     "away look back look poke poke",
-    "away poke back side side side",
+    "away poke return side side",
     "lay look look anon poke",
     "copy look discard look look poke",
     "copy poke away poke discard poke back look poke",

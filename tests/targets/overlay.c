@@ -8,6 +8,7 @@
  *   copy       the same, and the pages are written: they begin with 'z'
  *   discard    MADV_DONTNEED, and read
  *   away back  mremap() to another place; and back, where it can merge with what stayed
+ *   return     back, and side before anybody can look
  *   poke       write the next number to the first page
  *   side       write the next number to a page that was never moved
  *   look       nothing
@@ -60,6 +61,9 @@ static bool obey(const char *line)
 		move(ELSEWHERE);
 	} else if (!strcmp(line, "back")) {
 		move(PLACE + 4 * PAGE);
+	} else if (!strcmp(line, "return")) {
+		move(PLACE + 4 * PAGE);
+		fill(PLACE, 1, next++);
 	} else if (!strcmp(line, "poke")) {
 		fill(at, 1, next++);
 	} else if (!strcmp(line, "side")) {

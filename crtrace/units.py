@@ -18,9 +18,6 @@ Pid = NewType("Pid", int)
 Addr = NewType("Addr", int)
 """An address in a target, in bytes."""
 
-PageNo = NewType("PageNo", int)
-"""An address divided by ``PAGE_SIZE``; in an object, an offset divided by it."""
-
 PAGE_SHIFT = 12
 PAGE_SIZE = 1 << PAGE_SHIFT
 REGION_PAGES = 512

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from crtrace.capture.pipeline import Job, Pipeline
-from crtrace.linux.memory import MemoryReader
 from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bytes, expand
 
 Failures = list[tuple[int, int]]
@@ -36,22 +35,7 @@ def chunks(ranges: U64) -> Iterator[U64]:
         yield part
 
 
-def copy_private(
-    reader: MemoryReader,
-    ranges: U64,
-    space: int,
-    round: int,
-    pipeline: Pipeline,
-    progress: Callable[[int], None] = lambda pages: None,
-) -> Copied:
-    """Read the pages of ``ranges`` out of the target and submit them as ``round``.
-
-    Raises ``TargetGone``, or what a worker met.
-    """
-    return copy_with(reader.read, ranges, space, round, pipeline, progress)
-
-
-def copy_with(
+def copy_pages(
     read: Callable[[U64, Bytes], Failures],
     ranges: U64,
     space: int,
@@ -59,7 +43,11 @@ def copy_with(
     pipeline: Pipeline,
     progress: Callable[[int], None] = lambda pages: None,
 ) -> Copied:
-    """As :func:`copy_private`, with any way to fill a buffer with the pages of a range array."""
+    """Have ``read`` fill buffers with the pages of ``ranges``, and submit them as ``round``.
+
+    ``read(part, buffer)`` returns (position of the page in ``buffer``, errno) of what it could not
+    read. Raises what it raises, or what a worker met.
+    """
     copied = Copied()
     for part in chunks(ranges):
         buffer = pipeline.buffer()

@@ -10,7 +10,7 @@ from typing import Any
 
 from crtrace import __version__
 from crtrace.capture import state
-from crtrace.capture.copy import copy_private, copy_with
+from crtrace.capture.copy import copy_pages
 from crtrace.capture.objects import MappedObject, ObjectTable
 from crtrace.capture.pipeline import BUFFERS, Pipeline
 from crtrace.capture.state import Snapshot
@@ -215,7 +215,8 @@ class Session:
         return report
 
     def _copy(self, work: Work, ranges: U64, round: int, report: Callable[[int], None]) -> int:
-        copied = copy_private(self._target.reader, ranges, MM_SPACE, round, self._pipeline, report)
+        read = self._target.reader.read
+        copied = copy_pages(read, ranges, MM_SPACE, round, self._pipeline, report)
         work.copied(ranges, copied)
         return copied.pages
 
@@ -240,7 +241,7 @@ class Session:
         table = self.chain.known.get(each.space)
         known = table.absent_from(no_pages()) if table else work.marked[:0]
         ranges = each.populated(self._target.scanner, known)
-        copied = copy_with(each.read, ranges, each.space, work.rounds, self._pipeline)
+        copied = copy_pages(each.read, ranges, each.space, work.rounds, self._pipeline)
         work.object_copied(each.space, ranges, copied)
 
     # ---- while the target is stopped -----------------------------------------------------------

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 SYS_PROCESS_VM_READV = 310
 SYS_BPF = 321
 SYS_PIDFD_GETFD = 438
-SYS_TGSIGQUEUEINFO = 297
 IOV_MAX = 1024
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -74,11 +73,10 @@ def pidfd_getfd(pidfd: int, fd: int) -> int:
     return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
 
 
-def lock_and_touch(buffer: NDArray[np.uint8]) -> bool:
-    """Fault in every page of ``buffer`` and keep it resident; False where ``mlock`` is refused."""
+def lock_and_touch(buffer: NDArray[np.uint8]) -> None:
+    """Fault in every page of ``buffer``, and keep it resident unless ``mlock`` is refused."""
     buffer[:: os.sysconf("SC_PAGESIZE")] = 0
-    result: int = _mlock(buffer.ctypes.data, buffer.nbytes)
-    return result == 0
+    _mlock(buffer.ctypes.data, buffer.nbytes)
 
 
 def address_of(data: bytes) -> int:

@@ -21,7 +21,6 @@ class MemoryReader:
     def __init__(self, process: Process) -> None:
         self._pid = process.pid
         self._mem = process.open("mem")
-        self.readv_calls = 0
 
     def close(self) -> None:
         """Close the memory file; it may be called twice."""
@@ -63,7 +62,6 @@ class MemoryReader:
     def _read_some(self, pieces: U64, out: Bytes, at: int) -> tuple[int, int]:
         batch = pieces[:IOV_MAX]
         asked = int(batch[:, 1].sum())
-        self.readv_calls += 1
         try:
             got = process_vm_readv(self._pid, out.ctypes.data + at, asked, batch)
         except ProcessLookupError as error:

@@ -53,7 +53,6 @@ class Scanner:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._vector = np.zeros((_VECTOR, 3), dtype=np.uint64)
-        self.calls = 0
 
     def scan(
         self, want: Filter, *, arm: bool = False, start: int = 0, end: int = TASK_END
@@ -79,7 +78,6 @@ class Scanner:
                 count = fcntl.ioctl(self.fd, _PAGEMAP_SCAN, arg)
             except ProcessLookupError as error:
                 raise TargetGone("the address space that was scanned is gone") from error
-            self.calls += 1
             parts.append(self._vector[:count].copy())
             start = _ARG.unpack(arg)[4]
         found = np.concatenate(parts) if parts else self._vector[:0]

@@ -22,20 +22,19 @@ class Headers:
 
     path: str
     source: str
-    matches_kernel: bool
 
 
 def find_headers() -> Headers | None:
     """The best tree there is: the running kernel's, else kheaders, else the distribution's."""
     if given := os.environ.get("BCC_KERNEL_SOURCE"):
-        return Headers(given, "BCC_KERNEL_SOURCE", False)
+        return Headers(given, "BCC_KERNEL_SOURCE")
     release = os.uname().release
     if Path(f"/lib/modules/{release}/build/include").is_dir():
-        return Headers("", f"installed for {release}", True)
+        return Headers("", f"installed for {release}")
     if Path("/sys/kernel/kheaders.tar.xz").exists():
-        return Headers("", "kheaders", True)
+        return Headers("", "kheaders")
     for tree in _newest_first(ASSEMBLED):
-        return Headers(str(tree), f"distribution's {tree.name}", False)
+        return Headers(str(tree), f"distribution's {tree.name}")
     return None
 
 

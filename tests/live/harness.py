@@ -475,9 +475,15 @@ class Untouched:
                     found.append(f"{field} {key}: {before!r} -> {after!r}")
         return found
 
-    def assert_same(self, ignore: Iterable[str] = ()) -> None:
-        """Nothing differs but in the fields to ``ignore``."""
-        found = self.differences(ignore)
+    def assert_same(self, ignore: Iterable[str] = (), patience: float = 0.0) -> None:
+        """Nothing differs but in the fields to ``ignore``.
+
+        A target whose tracer was killed has to run before it can have put itself right: for
+        ``patience`` seconds it is asked again.
+        """
+        deadline = time.monotonic() + patience
+        while (found := self.differences(ignore)) and time.monotonic() < deadline:
+            time.sleep(0.01)
         assert not found, "changed in the target:\n" + "\n".join(found)
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from crtrace.errors import ImageDamaged
+from crtrace.image.chunk import Chunk
 from crtrace.image.codec import ZERO_PAGE_HASH, hash_pages
 from crtrace.image.framing import RecordType, type_name
 from crtrace.image.imagefile import RECORDS, Image
@@ -54,6 +55,8 @@ class _ImageCheck:
         self.image = image
         self.indexes: dict[int, PageIndex] = {}
         self.seen: dict[int, Bools] = {}
+        self.users: dict[int, list[int]] = {}
+        """The spaces whose indexes name a chunk, by its number."""
         self.bad: dict[int, Finding] = {}
 
     def run(self, advance: Callable[[int], None]) -> Iterator[Finding]:
@@ -88,6 +91,17 @@ class _ImageCheck:
             if index is not None:
                 self.indexes[space] = index
                 self.seen[space] = np.zeros(len(index), dtype=np.bool_)
+                self._find_users(space, index)
+
+    def _find_users(self, space: int, index: PageIndex) -> None:
+        for start in range(0, len(index), ROWS):
+            try:
+                places = index.rows(start, min(start + ROWS, len(index))).places
+            except ImageDamaged:
+                return  # reported as a record
+            for number in np.unique(chunks(places[kinds(places) == PageKind.STORED])).tolist():
+                if space not in (users := self.users.setdefault(number, [])):
+                    users.append(space)
 
     def _check_record(self, number: int) -> None:
         image, row = self.image, self.image.directory[number - 1]
@@ -117,22 +131,25 @@ class _ImageCheck:
 
     def _check_chunk(self, number: int) -> None:
         chunk = self.image.chunk(number)
-        index = self.indexes.get(chunk.space)
-        if index is None:
-            if chunk.space not in self.image.spaces:
-                raise ImageDamaged(f"{self.image.where(number)}: its space has no page index")
-            return
+        if chunk.space not in self.image.spaces:
+            raise ImageDamaged(f"{self.image.where(number)}: its space has no page index")
+        for space in self.users.get(number, ()):
+            self._check_pages(number, chunk, space)
+
+    def _check_pages(self, number: int, chunk: Chunk, space: int) -> None:
+        """The pages that the index of ``space`` says are in this chunk."""
+        index = self.indexes[space]
         found, places, rows = index.find(chunk.pages)
         # A slot that the index does not name was superseded in the same epoch.
         mine = (kinds(places) == PageKind.STORED) & (chunks(places) == number)
         mine &= slots(places) == np.flatnonzero(found).astype(np.uint64)
         at, rows = np.flatnonzero(found)[mine], rows[mine]
         right = (hash_pages(chunk.data[at]) == index.hashes(rows)).all(axis=1)
-        self.seen[chunk.space][rows] = True
+        self.seen[space][rows] = True
         if not right.all():
             where = self.image.where(number)
             finding = self._add(number, f"{where}: contents do not have the hash in the index")
-            finding.lose(chunk.space, chunk.pages[at[~right]])
+            finding.lose(space, chunk.pages[at[~right]])
 
     def _check_index(self, space: int, index: PageIndex) -> None:
         for start in range(0, len(index), ROWS):
@@ -146,7 +163,10 @@ class _ImageCheck:
         self._lose_unseen(space, rows, stored & ~seen)
         plain = rows.places == np.uint64(place(0)) + (kind.astype(np.uint64) << np.uint64(48))
         expected = np.where((kind == PageKind.ZERO)[:, None], ZERO_PAGE_HASH, np.uint64(0))
-        odd = ~stored & ~(plain & (rows.hashes == expected).all(axis=1))
+        inherited = kind == PageKind.INHERITED
+        odd = ~stored & ~inherited & ~(plain & (rows.hashes == expected).all(axis=1))
+        # A full image has no parent to inherit from.
+        odd |= inherited & (self.image.header.full | (slots(rows.places) != 0))
         if odd.any():
             number = self.image.index_id(space)
             where = self.image.where(number)

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
+
+import numpy as np
 
 from crtrace.analyze.imagecheck import Finding, check_image
 from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, PART, image_name
 from crtrace.image.chainindex import IndexEntry
+from crtrace.image.codec import hash_pages
 from crtrace.image.imagefile import Image
 from crtrace.image.pageindex import PageIndex
+from crtrace.image.places import PageKind, kinds
 from crtrace.image.reader import Chain
-from crtrace.units import PAGE_SIZE
+from crtrace.units import PAGE_SIZE, U64, Bools
 
+INHERITED_ROWS = 4096
+"""Rows of a page index whose contents are read at a time: 16 MiB."""
 SHOWN_RANGES = 64
 """Lost address ranges listed for one damage; ``pages_lost`` counts all."""
 
@@ -158,9 +165,51 @@ def _check_epoch(
     _check_link(chain, image, report, epochs)
     for found in check_image(image, advance):
         report.damage.append(_damage(name, found, epochs))
+    for found in _check_inherited(chain, image):
+        report.damage.append(_damage(name, found, epochs))
     report.records += len(image.directory)
     report.pages += sum(len(index) for space in image.spaces if (index := _index(image, space)))
     advance(entry.length)
+
+
+def _check_inherited(chain: Chain, image: Image) -> Iterator[Finding]:
+    """The pages that an image inherits of its parent's, against their hashes."""
+    for space in image.spaces:
+        index = _index(image, space)
+        if index is None:
+            continue
+        number = image.index_id(space)
+        finding = Finding(
+            f"PAGE_INDEX {number}", int(image.directory[number - 1]["offset"]),
+            f"{image.where(number)}: inherited pages do not have the hash in the index",
+        )  # fmt: skip
+        with suppress(ImageDamaged, ChainIncomplete):  # the rows are, or a parent's file
+            for pages, hashes in _inherited(index):
+                wrong, why = _differ(chain, image, space, pages, hashes)
+                finding.message = why or finding.message
+                if wrong.any():
+                    finding.lose(space, pages[wrong])
+        if finding.pages:
+            yield finding
+
+
+def _differ(chain: Chain, image: Image, space: int, pages: U64, hashes: U64) -> tuple[Bools, str]:
+    """Which pages do not have these hashes, and why if they cannot even be read."""
+    try:
+        data = chain.epoch(image.entry.epoch).read_pages(space, pages)
+    except ImageDamaged as error:
+        return np.ones(len(pages), dtype=np.bool_), str(error)
+    differ: Bools = (hash_pages(data) != hashes).any(axis=1)
+    return differ, ""
+
+
+def _inherited(index: PageIndex) -> Iterator[tuple[U64, U64]]:
+    """Page numbers and hashes of the inherited rows, some thousands at a time."""
+    for start in range(0, len(index), INHERITED_ROWS):
+        rows = index.rows(start, min(start + INHERITED_ROWS, len(index)))
+        which = kinds(rows.places) == PageKind.INHERITED
+        if which.any():
+            yield rows.pages[which], rows.hashes[which]
 
 
 def _index(image: Image, space: int) -> PageIndex | None:

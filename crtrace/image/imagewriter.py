@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -43,6 +44,26 @@ class Owner(Protocol):
         """The epoch will not be."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What a space may refer to: another one in the parent image, and what this image has of it."""
+
+    space: int
+    parent: PageTable | None
+    here: Entries
+
+    def places(self, pages: U64, hashes: U64) -> tuple[U64, Bools]:
+        """The place of each page that is the same there, ``(n,)``, and which those are."""
+        places = np.full(len(pages), place(PageKind.INHERITED, self.space))
+        found = _same(self.parent, pages, hashes)
+        if len(self.here.pages):
+            at = np.minimum(np.searchsorted(self.here.pages, pages), len(self.here.pages) - 1)
+            same = (self.here.pages[at] == pages) & (self.here.hashes[at] == hashes).all(axis=1)
+            places[same] = self.here.places[at[same]]
+            found |= same
+        return places, found
+
+
 class ImageWriter:
     """Takes pages from any thread, records from one, and becomes an epoch at ``commit``.
 
@@ -61,8 +82,9 @@ class ImageWriter:
         self._parents = parents
         self._owner = owner
         self._spaces: dict[int, PendingSpace] = {}
+        self._origins: dict[int, Origin] = {}
         self._lock = threading.Lock()
-        self._skipped = self._raw = self._stored = 0
+        self._skipped = self._inherited = self._raw = self._stored = 0
         self._open = True
         self._file = RecordFile(directory, image_name(header.epoch))
         try:
@@ -88,6 +110,16 @@ class ImageWriter:
             self._space(space)
         return self._file.append(record.TYPE, [record.pack()], parent=parent)[0]
 
+    def inherit(self, space: int, origin: int) -> None:
+        """From now on, pages of ``space`` that equal those of ``origin`` refer to them.
+
+        For a child and its parent: the same page as the parent image has it, or as it was written
+        into this image until now; so write those of ``origin`` first.
+        """
+        self._origins[space] = Origin(
+            origin, self._parents.get(origin), self._space(origin).so_far()
+        )
+
     def write_pages(self, space: int, pages: U64, data: Bytes, *, round: int = 0) -> None:
         """Store the contents, ``(n, 4096)``, of the pages ``(n,)``, each once, any order.
 
@@ -109,7 +141,7 @@ class ImageWriter:
     def _write_chunk(self, space: int, pages: U64, data: Bytes, round: int) -> None:
         pending = self._space(space)
         hashes = hash_pages(data)
-        same = self._unchanged(space, pages, hashes)
+        same = _same(self._parents.get(space), pages, hashes)
         zero = (hashes == ZERO_PAGE_HASH).all(axis=1) & ~same
         keep = ~(same | zero)
         if round:
@@ -118,6 +150,13 @@ class ImageWriter:
             pending.add(round, pages[same], places)
         places = np.full(int(zero.sum()), place(PageKind.ZERO))
         pending.add(round, pages[zero], places, hashes[zero])
+        inherited = 0
+        if origin := self._origins.get(space):
+            places, there = origin.places(pages, hashes)
+            there &= keep
+            pending.add(round, pages[there], places[there], hashes[there])
+            keep &= ~there
+            inherited = int(there.sum())
         whole = bool(keep.all())
         if not whole:
             pages, data, hashes = pages[keep], data[keep], hashes[keep]
@@ -127,16 +166,9 @@ class ImageWriter:
             pending.add(round, pages, stored(chunk, len(pages)), hashes)
         with self._lock:
             self._skipped += int(same.sum())
+            self._inherited += inherited
             self._raw += len(pages) * PAGE_SIZE
             self._stored += size
-
-    def _unchanged(self, space: int, pages: U64, hashes: U64) -> Bools:
-        parent = self._parents.get(space)
-        if parent is None:
-            return np.zeros(len(pages), dtype=np.bool_)
-        known, before = parent.lookup(pages)
-        unchanged: Bools = known & (before == hashes).all(axis=1)
-        return unchanged
 
     def _store(self, space: int, pages: U64, data: Bytes) -> tuple[int, int]:
         codec, block = compress(np.ascontiguousarray(data))
@@ -229,6 +261,7 @@ class ImageWriter:
             "pages_hole": total[PageKind.HOLE],
             "pages_unreadable": total[PageKind.UNREADABLE],
             "pages_skipped_parent": self._skipped,
+            "pages_inherited": self._inherited,
             "bytes_raw": self._raw,
             "bytes_stored": self._stored,
         }
@@ -242,6 +275,15 @@ class ImageWriter:
                 self._file.discard()
             finally:
                 self._owner.abandoned()
+
+
+def _same(known: PageTable | None, pages: U64, hashes: U64) -> Bools:
+    """Which pages a table has with just these hashes."""
+    if known is None:
+        return np.zeros(len(pages), dtype=np.bool_)
+    there, before = known.lookup(pages)
+    same: Bools = there & (before == hashes).all(axis=1)
+    return same
 
 
 def _spaces_named(record: Record) -> list[int]:

@@ -22,6 +22,7 @@ MERGE_FENCES = 128
 NOWHERE = -1
 
 Levels = np.ndarray[tuple[int], np.dtype[np.int64]]
+Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
 
 
 class MergedPages:
@@ -35,43 +36,66 @@ class MergedPages:
         self.lineage = tuple(lineage)
         self.image = lineage[0]
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
-        self._spaces: dict[int, tuple[PageIndex, ...]] = {}
+        self._spaces: dict[tuple[int, int], tuple[PageIndex, ...]] = {}
 
     @property
     def spaces(self) -> list[int]:
         """The spaces that exist in this epoch, ascending."""
         return self.image.spaces
 
-    def _indexes(self, space: int) -> tuple[PageIndex, ...]:
-        """The page indexes of a space, newest first, as far back as the space has existed."""
-        if space not in self._spaces:
+    def _indexes(self, space: int, level: int = 0) -> tuple[PageIndex, ...]:
+        """The page indexes of a space from ``lineage[level]`` back, as far as it has existed."""
+        if (space, level) not in self._spaces:
             found: list[PageIndex] = []
-            for image in self.lineage:
+            for image in self.lineage[level:]:
                 index = image.page_index(space)
                 if index is None:
                     break
                 found.append(index)
             if not found:
                 raise ImageDamaged(f"{self.image.path}: space {space} has no page index")
-            self._spaces[space] = tuple(found)
-        return self._spaces[space]
+            self._spaces[space, level] = tuple(found)
+        return self._spaces[space, level]
 
     def locate(self, space: int, pages: U64) -> tuple[Levels, U64]:
         """Where ``pages`` (ascending) are: index into ``lineage``, and place in that image.
 
         The level is -1 for pages that the epoch has no contents of; their place is a hole.
         """
+        return self._locate(space, pages, 0)
+
+    def _locate(self, space: int, pages: U64, first: int) -> tuple[Levels, U64]:
+        """``locate`` as it was when ``lineage[first]`` was the newest image."""
         levels = np.full(len(pages), NOWHERE, dtype=np.int64)
         places = np.full(len(pages), place(PageKind.HOLE))
         todo = np.arange(len(pages))
-        for level, index in enumerate(self._indexes(space)):
+        for level, index in enumerate(self._indexes(space, first), first):
             found, where, _ = index.find(pages[todo])
             levels[todo[found]], places[todo[found]] = level, where
             todo = todo[~found]
             if not len(todo):
                 break
-        levels[kinds(places) == PageKind.HOLE] = NOWHERE
+        kind = kinds(places)
+        levels[kind == PageKind.HOLE] = NOWHERE
+        inherited = np.flatnonzero(kind == PageKind.INHERITED)
+        if len(inherited):
+            self._follow(pages, levels, places, inherited)
         return levels, places
+
+    def _follow(self, pages: U64, levels: Levels, places: U64, inherited: Positions) -> None:
+        """Replace inherited places by those they stand for. Each step is one image further back,
+        so that it ends."""
+        keys = levels[inherited] << 32 | chunks(places[inherited]).astype(np.int64)
+        for key in np.unique(keys):
+            at = inherited[keys == key]
+            level, origin = int(key) >> 32, int(key) & 0xFFFFFFFF
+            if level + 1 >= len(self.lineage):
+                raise ImageDamaged(f"{self.lineage[level].path}: inherits pages from no parent")
+            levels[at], places[at] = self._locate(origin, pages[at], level + 1)
+            if (levels[at] == NOWHERE).any():
+                raise ImageDamaged(
+                    f"{self.lineage[level].path}: inherits pages that space {origin} has not"
+                )
 
     def at_or_after(self, space: int, page: int) -> int:
         """A page not below ``page`` before which nothing is listed; far away if nothing follows."""
@@ -93,14 +117,14 @@ class MergedPages:
         for key in np.unique(keys):
             at = held[keys == key]
             level, number = int(key) >> 32, int(key) & 0xFFFFFFFF
-            data[at] = self._from_chunk(level, number, space, pages[at], slots(places[at]))
+            data[at] = self._from_chunk(level, number, pages[at], slots(places[at]))
         return data
 
-    def _from_chunk(self, level: int, number: int, space: int, pages: U64, at: U64) -> Bytes:
+    def _from_chunk(self, level: int, number: int, pages: U64, at: U64) -> Bytes:
         chunk = self._chunk(level, number)
         image = self.lineage[level]
-        if at.max() >= len(chunk.pages) or chunk.space != space:
-            raise ImageDamaged(f"{image.where(number)}: has no slot {at.max()} of space {space}")
+        if at.max() >= len(chunk.pages):
+            raise ImageDamaged(f"{image.where(number)}: has no slot {at.max()}")
         if (chunk.pages[at] != pages).any():
             raise ImageDamaged(f"{image.where(number)}: holds other pages than the index says")
         return chunk.data[at]

@@ -114,9 +114,9 @@ class PageIndex:
         return found, places, at.astype(np.uint64) + np.uint64(start)
 
     def _check_kinds(self, places: U64) -> None:
-        if len(places) and kinds(places).max() > PageKind.UNREADABLE:
+        if len(places) and kinds(places).max() > PageKind.INHERITED:
             where = self._image.where(self._number)
-            raise ImageDamaged(f"{where}: a page of kind {kinds(places).max()}, expected 0 to 3")
+            raise ImageDamaged(f"{where}: a page of kind {kinds(places).max()}, expected 0 to 4")
 
     def hashes(self, rows: U64) -> U64:
         """The hashes, ``(n, 2)``, of rows given ascending."""

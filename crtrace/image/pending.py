@@ -61,6 +61,25 @@ class PendingSpace:
             self._places.append(places)
             self._hashes.append(hashes)
 
+    def so_far(self) -> Entries:
+        """The pages stored until now, ascending, each as it was said last."""
+        with self._lock:
+            order = sorted(range(len(self._pages)), key=lambda at: self._rounds[at])
+            pages = [self._pages[at] for at in order]
+            places = [self._places[at] for at in order]
+            hashes = [self._hashes[at] for at in order]
+        none = np.empty(0, dtype=np.uint64)
+        if not pages:
+            return Entries(none, none, none.reshape(0, 2))
+        joined = np.concatenate(pages)
+        last = _last_of_each(joined)
+        filled = [
+            np.zeros((len(some), 2), dtype=np.uint64) if known is None else known
+            for some, known in zip(pages, hashes, strict=True)
+        ]
+        said = Entries(joined[last], np.concatenate(places)[last], np.concatenate(filled)[last])
+        return said.select(kinds(said.places) == PageKind.STORED)
+
     def settle(self, parent: PageTable | None) -> Entries:
         """The entries that go into the image; this object is empty afterwards.
 

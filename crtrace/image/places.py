@@ -24,6 +24,8 @@ class PageKind(IntEnum):
     ZERO = 1
     HOLE = 2
     UNREADABLE = 3
+    INHERITED = 4
+    """As the same page of another space in the parent image; the chunk is that space's number."""
 
 
 SAME = 0xFFFF

@@ -101,9 +101,13 @@ RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 	return 0;
 }
 
+#define CLONE_VM 0x100
 #define CLONE_THREAD 0x10000
 
-/* Runs in the parent before the child first runs, so none of the child's faults comes too early. */
+/*
+ * Runs in the parent before the child first runs, so none of the child's faults comes too early.
+ * A child in the same address space is always followed: what it writes is the target's memory.
+ */
 TRACEPOINT_PROBE(task, task_newtask)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32;
@@ -116,11 +120,15 @@ TRACEPOINT_PROBE(task, task_newtask)
 			__sync_fetch_and_add(&parent->threads, 1);
 		return 0;
 	}
-	if (!(parent->flags & TARGET_FOLLOW))
+	if (!(parent->flags & TARGET_FOLLOW) && !(args->clone_flags & CLONE_VM))
 		return 0;
 
 	u32 child = args->pid;
-	struct target fresh = { .threads = 1, .flags = TARGET_FOLLOW | TARGET_CHILD };
+	struct target fresh = { .threads = 1, .flags = TARGET_CHILD };
+
+	fresh.flags |= parent->flags & TARGET_FOLLOW;
+	if (args->clone_flags & CLONE_VM)
+		fresh.flags |= TARGET_SHARES;
 
 	if (targets.update(&child, &fresh)) {
 		int index = TOTAL_LOST_CHILDREN;
@@ -129,6 +137,19 @@ TRACEPOINT_PROBE(task, task_newtask)
 		if (lost)
 			__sync_fetch_and_add(lost, 1);
 	}
+	return 0;
+}
+
+TRACEPOINT_PROBE(sched, sched_process_exec)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	struct target *target = targets.lookup(&tgid);
+
+	if (!target || !(target->flags & TARGET_SHARES))
+		return 0;
+	target->flags &= ~TARGET_SHARES;
+	if (!(target->flags & TARGET_FOLLOW))
+		targets.delete(&tgid);
 	return 0;
 }
 

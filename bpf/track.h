@@ -31,6 +31,7 @@ struct target {
 
 #define TARGET_FOLLOW 1u /* its children become targets too */
 #define TARGET_CHILD 2u  /* added here at fork, not by the controller */
+#define TARGET_SHARES 4u /* it still has the address space of the process that made it */
 
 /* Counters of the whole set of programs, by index in the array map `totals`. */
 enum total {

@@ -131,8 +131,6 @@ class _ImageCheck:
 
     def _check_chunk(self, number: int) -> None:
         chunk = self.image.chunk(number)
-        if chunk.space not in self.image.spaces:
-            raise ImageDamaged(f"{self.image.where(number)}: its space has no page index")
         for space in self.users.get(number, ()):
             self._check_pages(number, chunk, space)
 

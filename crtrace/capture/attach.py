@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+import resource
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from crtrace.capture.session import Progress, Session, Witness
+from crtrace.capture.spaces import Spaces
 from crtrace.capture.state import boot_id
 from crtrace.errors import UsageError
 from crtrace.image.reader import Chain
@@ -26,11 +28,14 @@ def attached(
     pid: Pid,
     path: Path,
     *,
+    tree: bool = False,
     max_pause_ms: float = 10.0,
     progress: Progress = lambda done, total: None,
     witness: Witness | None = None,
 ) -> Iterator[Session]:
     """A session on process ``pid`` that writes to the chain at ``path``, made if need be.
+
+    With ``tree``, all that descend from the process are followed as well.
 
     On leaving, however that happens, the process is disarmed. Raises what the command line turns
     into exit codes: no such process, not permitted, busy, kernel feature missing, no chain.
@@ -38,11 +43,12 @@ def attached(
     with ExitStack() as stack:
         process = stack.enter_context(Process(pid))
         require_capabilities()
+        _allow_many_files()
         refuse_unsuitable(process)
         loading = Loading()  # compiles while the chain is looked at
         try:
             chain = stack.enter_context(ChainWriter.open(path, create=True))
-            objects = _continued(chain, path, process)
+            spaces = _continued(chain, path, process)
         except BaseException:
             loading.abandon()
             raise
@@ -53,25 +59,33 @@ def attached(
         )  # fmt: skip
         marks = WrittenPages(programs)
         session = Session(
-            process, chain, marks, max_pause_ms=max_pause_ms, progress=progress, witness=witness
-        )
+            process, chain, marks, spaces=spaces, follow=tree, max_pause_ms=max_pause_ms,
+            progress=progress, witness=witness,
+        )  # fmt: skip
         stack.callback(session.close)
-        session.adopt(objects)
         yield session
 
 
-def _continued(chain: ChainWriter, path: Path, process: Process) -> dict[tuple[int, int], int]:
-    """The object spaces of a chain that is to go on; it must be one of this very process."""
+def _continued(chain: ChainWriter, path: Path, process: Process) -> Spaces:
+    """The space numbers of a chain that is to go on; it must be one of this very process."""
+    spaces = Spaces()
     if not chain.entries:
-        return {}
+        return spaces
     with Chain.open(path) as reader:
         epoch = reader.epoch(-1)
-        task = epoch.tasks[0].task
-        same = (epoch.header.boot_id, task.pid, task.start_ticks)
-        if same != (boot_id(), process.pid, process.starttime):
+        tasks = [view.task for view in epoch.tasks]
+        known = {(task.pid, task.start_ticks) for task in tasks}
+        if epoch.header.boot_id != boot_id() or (process.pid, process.starttime) not in known:
+            names = ", ".join(f"{task.comm}, {task.pid}" for task in tasks[:1])
             raise UsageError(
-                f"{path} holds images of another process: {task.comm}, {task.pid}",
+                f"{path} holds images of another process: {names}",
                 hint="choose another directory with -o",
             )
-        kept = (file for file in epoch.files.values() if file.object_space)
-        return {(file.dev, file.inode): file.object_space for file in kept}
+        spaces.go_on_from(epoch)
+    return spaces
+
+
+def _allow_many_files() -> None:
+    """Every process under watch takes some descriptors."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

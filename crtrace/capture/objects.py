@@ -11,17 +11,18 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
+from crtrace.capture.spaces import Key, Spaces
+from crtrace.capture.target import Target
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import open_mapped
 from crtrace.linux.files import FileFacts
-from crtrace.linux.procfs import WRITE, Process, Vma
+from crtrace.linux.procfs import WRITE, Vma
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, intersect, merge, no_pages
-
-Key = tuple[int, int]
 
 
 def kept(vma: Vma, facts: FileFacts | None) -> bool:
@@ -36,13 +37,21 @@ def kept(vma: Vma, facts: FileFacts | None) -> bool:
     return nowhere_else or (vma.shared and bool(vma.flags & WRITE))
 
 
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A VMA, and whose it is."""
+
+    target: Target
+    vma: Vma
+
+
 @dataclass(slots=True)
 class MappedObject:
-    """One object, with the VMAs by which the target maps parts of it."""
+    """One object, with the VMAs by which targets map parts of it."""
 
     key: Key
     space: int
-    vmas: list[Vma]
+    mappings: list[Mapping]
     facts: FileFacts
     fd: int = -1
 
@@ -51,22 +60,25 @@ class MappedObject:
         """Whether nobody is expected to write it: a deleted file that is mapped only privately or
         for reading. It need not be read while the target is stopped, nor again while its size and
         time stay the same."""
-        written = any(vma.shared and vma.flags & WRITE for vma in self.vmas)
+        written = any(m.vma.shared and m.vma.flags & WRITE for m in self.mappings)
         return not self.facts.memory and not written
 
     def extent(self) -> U64:
-        """The pages of the object that some VMA of the target maps."""
-        first = [vma.offset >> PAGE_SHIFT for vma in self.vmas]
+        """The pages of the object that some VMA maps."""
+        vmas = [mapping.vma for mapping in self.mappings]
+        first = [vma.offset >> PAGE_SHIFT for vma in vmas]
         pairs = [
-            (at, at + vma.end_page - vma.first_page)
-            for at, vma in zip(first, self.vmas, strict=True)
+            (at, at + vma.end_page - vma.first_page) for at, vma in zip(first, vmas, strict=True)
         ]
         return merge(np.array(pairs, dtype=np.uint64))
 
-    def open(self, process: Process) -> None:
-        """Open the object itself; raises ``OSError``."""
-        if self.fd < 0:
-            self.fd = open_mapped(process, self.vmas[0])
+    def open(self) -> bool:
+        """Open the object itself; False where it went away between two looks, as its VMAs did."""
+        for mapping in self.mappings:
+            with suppress(FileNotFoundError, ProcessLookupError):
+                self.fd = open_mapped(mapping.target.process, mapping.vma)
+                return True
+        return False
 
     def close(self) -> None:
         """Close it, so that we never keep an object alive longer than the target does."""
@@ -74,27 +86,22 @@ class MappedObject:
             os.close(self.fd)
             self.fd = -1
 
-    def populated(self, scanner: pagemap.Scanner, known: U64) -> U64:
+    def populated(self, known: U64) -> U64:
         """The mapped pages that may hold something: page ranges within the object.
 
         Memory objects and deleted files tell their holes. Of a file that is still on disk, it is
-        the pages that the target has in its page tables, and those (``known`` page numbers) that an
+        the pages that targets have in their page tables, and those (``known`` page numbers) that an
         earlier epoch stored: to read it all could mean to read a whole disk.
         """
         size = os.fstat(self.fd).st_size
         end = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
         inside = intersect(self.extent(), np.array([[0, max(end, 0)]], dtype=np.uint64))
-        present = [self._present(scanner, vma) for vma in self.vmas]
+        present = [_present(mapping) for mapping in self.mappings]
         if self.facts.memory or not self.facts.links:
             data = (_data_ranges(self.fd, *span) for span in inside.tolist())
             return intersect(merge(*data, *present), inside)
         stored = np.stack((known, known + np.uint64(1)), axis=1)
         return intersect(merge(*present, stored), inside)
-
-    def _present(self, scanner: pagemap.Scanner, vma: Vma) -> U64:
-        ranges, _ = scanner.scan(pagemap.Filter(), start=vma.start, end=vma.end)
-        shift = (vma.offset >> PAGE_SHIFT) - vma.first_page
-        return (ranges.astype(np.int64) + shift).astype(np.uint64)
 
     def read(self, ranges: U64, buffer: Bytes) -> list[tuple[int, int]]:
         """Fill ``buffer`` with the object's pages; what lies behind its end reads as zeros.
@@ -122,6 +129,14 @@ class MappedObject:
         return 0
 
 
+def _present(mapping: Mapping) -> U64:
+    """The pages of the object that are in page tables because of this VMA."""
+    vma = mapping.vma
+    ranges, _ = mapping.target.scanner.scan(pagemap.Filter(), start=vma.start, end=vma.end)
+    shift = (vma.offset >> PAGE_SHIFT) - vma.first_page
+    return (ranges.astype(np.int64) + shift).astype(np.uint64)
+
+
 def _data_ranges(fd: int, first: int, end: int) -> U64:
     """Where a memory object has pages, within page range ``[first, end)``."""
     found, at, stop = [], first << PAGE_SHIFT, end << PAGE_SHIFT
@@ -137,34 +152,18 @@ def _data_ranges(fd: int, first: int, end: int) -> U64:
     return np.array(found, dtype=np.uint64) if found else no_pages()
 
 
-class ObjectTable:
-    """Gives every object a space number that stays the same along the chain."""
-
-    def __init__(self, first_free: int) -> None:
-        self._spaces: dict[Key, int] = {}
-        self._next = first_free
-
-    def remember(self, key: Key, space: int) -> None:
-        """An object that an earlier epoch of the chain already numbered."""
-        self._spaces[key] = space
-        self._next = max(self._next, space + 1)
-
-    def number(self, key: Key) -> int:
-        """The space of an object, new if it has none yet."""
-        if key not in self._spaces:
-            self._spaces[key] = self._next
-            self._next += 1
-        return self._spaces[key]
-
-    def mapped(self, vmas: Iterable[Vma], facts: dict[Key, FileFacts | None]) -> list[MappedObject]:
-        """The objects whose contents belong into the image, of all that are mapped."""
-        found: dict[Key, MappedObject] = {}
-        for vma in vmas:
+def mapped_objects(
+    targets: Iterable[Target], spaces: Spaces, facts: dict[Key, FileFacts | None]
+) -> list[MappedObject]:
+    """The objects whose contents belong into the image, of all that are mapped, each once."""
+    found: dict[Key, MappedObject] = {}
+    for target in targets:
+        for vma in target.map.vmas:
             key = (vma.device, vma.inode)
             about = facts.get(key)
             if not vma.file_backed or about is None or not kept(vma, about):
                 continue
             if key not in found:
-                found[key] = MappedObject(key, self.number(key), [], about)
-            found[key].vmas.append(vma)
-        return list(found.values())
+                found[key] = MappedObject(key, spaces.of_object(key), [], about)
+            found[key].mappings.append(Mapping(target, vma))
+    return [each for each in found.values() if each.open()]

@@ -1,4 +1,4 @@
-"""One process under watch: the loop from fault to file, as DESIGN.md draws it."""
+"""A target and the chain it is watched into: the loop from fault to file, as DESIGN.md draws it."""
 
 from __future__ import annotations
 
@@ -8,28 +8,32 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+
 from crtrace import __version__
 from crtrace.capture import state
 from crtrace.capture.copy import copy_pages
-from crtrace.capture.objects import MappedObject, ObjectTable
+from crtrace.capture.objects import MappedObject, mapped_objects
 from crtrace.capture.pipeline import BUFFERS, Pipeline
-from crtrace.capture.state import Snapshot
+from crtrace.capture.spaces import Spaces
+from crtrace.capture.state import FileBook, Snapshot
 from crtrace.capture.target import Target
-from crtrace.capture.work import Work
+from crtrace.capture.tree import ProgramChanged, StoppedTree, Tree
+from crtrace.capture.work import Part, Work
 from crtrace.errors import TargetGone
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
-from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.events import open_accounting
 from crtrace.linux.files import FileFacts
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess, signals_held
-from crtrace.track.dirty import Counts, WrittenPages
+from crtrace.linux.ptrace import signals_held
+from crtrace.track.dirty import WrittenPages
 from crtrace.track.userfaultfd import EVERYTHING
 from crtrace.units import (
     CHUNK_PAGES,
     U64,
+    Pid,
     count_pages,
     expand,
     intersect,
@@ -38,29 +42,25 @@ from crtrace.units import (
     subtract,
 )
 
-MM_SPACE = 1
-"""The space of the target's private memory; objects are numbered from the next on."""
 LITTLE = 512
 """Pages that may be left for the pause: about 0.5 ms of copying."""
 AT_ONCE = BUFFERS * CHUNK_PAGES // 2
 """Pages that can be collected without waiting for the writers, and leave room for the pause."""
 PAGES_PER_MS = 800
 """Scattered pages copied in a millisecond: 1 µs each (DESIGN.md), and a reserve."""
+ATTEMPTS = 5
+"""Times that an epoch is begun again because a process of the tree ended in the middle of it."""
 
-Witness = Callable[[Process, AddressSpace], None]
+Witness = Callable[[list[Process]], None]
 Progress = Callable[[int, int], None]
 
 
-class ProgramChanged(TargetGone):
-    """The target called ``execve``: the address space under watch is no more."""
-
-
 class Session:
-    """A target and the chain that it is watched into.
+    """``process`` and, with ``follow``, its descendants; and the chain they are watched into.
 
-    ``progress(done, total)`` is told of pages copied while the target runs. ``witness``, for
-    tests and the demo, is called while the target is stopped, after everything was captured; what
-    it takes is not counted as pause.
+    ``progress(done, total)`` is told of pages copied while they run. ``witness``, for tests and
+    the demo, is called while all are stopped, after everything was captured; what it takes is not
+    counted as pause.
     """
 
     def __init__(
@@ -69,26 +69,26 @@ class Session:
         chain: ChainWriter,
         marks: WrittenPages,
         *,
+        spaces: Spaces | None = None,
+        follow: bool = False,
         max_pause_ms: float = 10.0,
         progress: Progress = lambda done, total: None,
         witness: Witness | None = None,
     ) -> None:
         self.process = process
         self.chain = chain
+        self.exit_status: Callable[[Pid], int | None] = lambda pid: None
+        """Asked for the wait status of a process that has ended, if somebody knows it."""
         self._marks = marks
+        self._spaces = spaces or Spaces()
         self._progress = progress
         self._witness = witness
         self._little = max(1, min(LITTLE, int((max_pause_ms - 2) * PAGES_PER_MS)))
-        self._objects = ObjectTable(MM_SPACE + 1)
+        self._book = FileBook()
         self._steady: dict[int, FileFacts] = {}
-        self._carried = no_pages()
-        self._fresh = True
-        self._counted = Counts(0, 0, 0)
         with ExitStack() as undo:
-            self._tgid = marks.add(process)
-            undo.callback(marks.remove, self._tgid)
-            self._target = Target(process)
-            undo.callback(self._disarm)
+            self._tree = Tree(process, marks, self._spaces, follow)
+            undo.callback(self._tree.close)
             self._pipeline = Pipeline()
             undo.callback(self._pipeline.close)
             self._accounting = open_accounting()
@@ -97,220 +97,298 @@ class Session:
             self._undo = undo.pop_all()
 
     def close(self) -> None:
-        """Disarm the target and end the worker threads; it may be called twice."""
+        """Disarm the targets and end the worker threads; it may be called twice."""
         self._undo.close()
 
-    def _disarm(self) -> None:
-        self._target.close()  # which target that is changes with an exec
+    @property
+    def processes(self) -> list[Process]:
+        """Those that were under watch when the last epoch was taken."""
+        return [member.process for member in self._tree.members]
 
-    def adopt(self, objects: dict[tuple[int, int], int]) -> None:
-        """Go on with the object spaces of an existing chain, by device and inode."""
-        for key, space in objects.items():
-            self._objects.remember(key, space)
+    @property
+    def heals(self) -> bool:
+        """Whether the targets would have put themselves right had we died while attaching."""
+        return all(target.armer.heals for target in self._tree.targets())
+
+    def program_changed(self) -> bool:
+        """Whether the target has called ``execve`` since it was armed."""
+        return self.process.alive() and not self._tree.root.settled
 
     def checkpoint(
         self, reason: str = "", *, full: bool = False
     ) -> tuple[IndexEntry, dict[str, Any]]:
         """Take the next epoch; its index entry and statistics.
 
-        When it raises, nothing was committed and the target runs; what was found written is
-        carried into the next attempt. ``ProgramChanged``: begin again with :meth:`follow_exec`.
+        When it raises, nothing was committed and the targets run; what was found written is
+        carried into the next attempt. ``ProgramChanged``: the next epoch must be ``full``.
+        ``TargetGone``: nobody is left.
         """
-        work = Work(self._counted, self._carried, whole=full or self._fresh)
+        for attempt in range(ATTEMPTS):
+            try:
+                if not full and self.program_changed():
+                    raise ProgramChanged(f"process {self.process.pid} called execve")
+                return self._attempt(reason, full)
+            except TargetGone as error:
+                if not full and self.program_changed():
+                    raise ProgramChanged(f"process {self.process.pid} called execve") from error
+                if attempt == ATTEMPTS - 1 or not any(p.alive() for p in self.processes):
+                    raise
+        raise AssertionError("not reached")
+
+    def _attempt(self, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
+        self._tree.update()
+        if not self._tree.members:
+            raise TargetGone(f"process {self.process.pid} has exited")
+        work = Work()
         try:
             return self._take(work, reason, full)
-        except TargetGone as error:
-            if self.program_changed():
-                raise ProgramChanged(f"process {self.process.pid} called execve") from error
-            raise
         finally:
-            self._carried = no_pages() if work.committed else work.scanned
+            for target in self._tree.targets():
+                if part := work.parts.get(target.space):
+                    target.carried = no_pages() if work.committed else part.scanned
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
-        image = self.chain.begin(
-            full=full, reason=reason, armer=self._target.armer.name, tool_version=__version__,
-            boot_id=state.boot_id(), kernel=state.kernel(), hostname=state.hostname(),
-        )  # fmt: skip
+        image = self._begin(reason, full)
         with image, self._pipeline.writing(image):
-            self._precopy(work)
-            with self._mapped_objects(work) as objects:
-                snapshot = self._pause(work, objects)
-            work.marked = self._marks.drain().get(self._tgid, work.marked)
-            self._describe(image, work, snapshot)
+            self._precopy(work, image, full)
+            with self._mapped_objects(work, full) as objects:
+                snapshots = self._pause(work, image, objects)
+            self._drain(work)
+            self._describe(image, work, snapshots)
             self._pipeline.wait_idle()
+            for space in work.parts.keys() - {target.space for target in self._tree.targets()}:
+                image.drop(space)  # it ended while it was copied
             work.written_at = time.monotonic()
-            stats = work.statistics(self._counted, self._fresh)
+            stats = work.statistics()
             if self._accounting:
-                stats["paid"] = self._accounting.totals(self.process)
+                stats["paid"] = self._accounting.totals(self.processes)
             entry = image.commit(stats)
-            work.committed, self._fresh = True, False
-            self._steady = work.steady
+            self._committed(work)
         stats["total_time"] = work.elapsed()
         return entry, stats
 
-    @property
-    def heals(self) -> bool:
-        """Whether the target would have put itself right had we died while attaching."""
-        return self._target.armer.heals
+    def _begin(self, reason: str, full: bool) -> ImageWriter:
+        return self.chain.begin(
+            full=full, reason=reason, armer=self._tree.root.target.armer.name,
+            tool_version=__version__, boot_id=state.boot_id(), kernel=state.kernel(),
+            hostname=state.hostname(),
+        )  # fmt: skip
 
-    def program_changed(self) -> bool:
-        """Whether the process has called ``execve`` since it was armed."""
-        return self.process.alive() and not self._target.same_program()
+    def _committed(self, work: Work) -> None:
+        work.committed = True
+        self._steady = work.steady
+        self._tree.departed.clear()
+        for target in self._tree.targets():
+            target.fresh = False
 
-    def follow_exec(self) -> None:
-        """Arm the new program of the process, if it is a new one; the next epoch must be full."""
-        if not self.program_changed():
-            return
-        self._target.close()
-        self._target = Target(self.process)
-        self._carried, self._steady, self._fresh = no_pages(), {}, True
+    # ---- while the targets run -----------------------------------------------------------------
 
-    # ---- while the target runs -----------------------------------------------------------------
-
-    def _precopy(self, work: Work) -> None:
+    def _precopy(self, work: Work, image: ImageWriter, full: bool) -> None:
         """Copy what was written, again and again, until little is left for the pause.
 
         The last round is only collected, not yet compressed: it lasts as long as copying takes, so
-        that the target can write little meanwhile.
+        that the targets can write little meanwhile.
         """
-        left = self._written_since(work.faults)
-        if work.whole or left > self._little:
-            left = self._precopy_round(work)
+        for target in self._tree.targets():
+            work.parts[target.space] = Part(target.carried, full or target.fresh, target.fresh)
+        left = self._tree.faults()
+        if left > self._little or any(part.whole for part in work.parts.values()):
+            left = self._precopy_round(work, image)
             while left > AT_ONCE and work.converging(left):
-                left = self._precopy_round(work)
+                left = self._precopy_round(work, image)
         self._pipeline.hold()
         if left > self._little:
-            self._collect(work)
+            self._collect(work, image)
 
-    def _written_since(self, faults: int) -> int:
-        return self._marks.counts(self._tgid).faults - faults
-
-    def _precopy_round(self, work: Work) -> int:
+    def _precopy_round(self, work: Work, image: ImageWriter) -> int:
         """Copy and compress what is written now; the pages written meanwhile, as BPF counts."""
-        faults = self._marks.counts(self._tgid).faults
-        self._collect(work)
+        faults = self._tree.faults()
+        self._collect(work, image)
         self._pipeline.wait_idle()
-        return self._written_since(faults)
+        return max(0, self._tree.faults() - faults)
 
-    def _collect(self, work: Work) -> None:
-        scan = self._target.armer.scan(self._target.space)
-        work.found(scan.written)
-        # What cannot be armed would have to be read again in the pause anyway.
-        ranges = subtract(merge(scan.written, work.retry()), scan.unarmed)
-        if work.whole and not work.rounds:
-            self._target.book.read_advice(self.process)
-            ranges = merge(ranges, self._target.armer.everything(), self._target.vdso())
-        self._copy(work, ranges, work.rounds, self._reporter(work, count_pages(ranges)))
+    def _collect(self, work: Work, image: ImageWriter) -> None:
+        for target in self._tree.targets():
+            part = work.parts[target.space]
+            if target.fresh and not part.rounds:
+                self._pipeline.wait_idle()
+                self._inherit(image, target)
+            self._collect_one(work, target, part)
         work.rounds += 1
 
-    def _reporter(self, work: Work, total: int) -> Callable[[int], None]:
-        done = 0
+    def _collect_one(self, work: Work, target: Target, part: Part) -> None:
+        scan = target.armer.scan(target.map)
+        part.found(scan.written)
+        # What cannot be armed would have to be read again in the pause anyway.
+        ranges = subtract(merge(scan.written, part.retry()), scan.unarmed)
+        if part.whole and not part.rounds:
+            target.advice.read(target.process)
+            ranges = merge(ranges, target.armer.everything(), target.vdso())
+        before, work.pages = work.pages, work.pages + count_pages(ranges)
+        self._copy(target, part, ranges, self._reporter(work, before))
 
+    def _inherit(self, image: ImageWriter, target: Target) -> None:
+        """A new process has most of its pages from its parent: refer to those."""
+        parent = self._tree.of(target)[0].parent
+        if parent and parent.target is not target:
+            image.inherit(target.space, parent.target.space)
+
+    def _reporter(self, work: Work, done: int) -> Callable[[int], None]:
         def report(pages: int) -> None:
             nonlocal done
             done += pages
             if work.rounds == 0:
-                self._progress(done, total)
+                self._progress(done, work.pages)
 
         return report
 
-    def _copy(self, work: Work, ranges: U64, round: int, report: Callable[[int], None]) -> int:
-        read = self._target.reader.read
-        copied = copy_pages(read, ranges, MM_SPACE, round, self._pipeline, report)
-        work.copied(ranges, copied)
+    def _copy(self, target: Target, part: Part, ranges: U64, report: Callable[[int], None]) -> int:
+        copied = copy_pages(
+            target.reader.read, ranges, target.space, part.rounds, self._pipeline, report
+        )
+        part.copied(ranges, copied)
         return copied.pages
 
     @contextmanager
-    def _mapped_objects(self, work: Work) -> Iterator[list[MappedObject]]:
-        """The objects that the target maps now; those that nobody writes are read right away."""
-        self._target.space.refresh()
-        objects = self._target.objects(self._objects)
+    def _mapped_objects(self, work: Work, full: bool) -> Iterator[list[MappedObject]]:
+        """The objects that are mapped now; those that nobody writes are read right away."""
+        for target in self._tree.targets():
+            target.map.refresh()
+        objects = self._find_objects()
         try:
             for each in objects:
                 if not each.steady:
                     continue
-                if work.whole or self._steady.get(each.space) != each.facts:
-                    self._copy_object(work, each)
+                if full or self._steady.get(each.space) != each.facts:
+                    self._copy_object(work, each, 0)
                 work.steady[each.space] = each.facts
             yield objects
         finally:
             for each in objects:
                 each.close()
 
-    def _copy_object(self, work: Work, each: MappedObject) -> None:
+    def _find_objects(self) -> list[MappedObject]:
+        targets = self._tree.targets()
+        self._book.update(targets)
+        return mapped_objects(targets, self._spaces, self._book.facts)
+
+    def _copy_object(self, work: Work, each: MappedObject, round: int) -> None:
         table = self.chain.known.get(each.space)
-        known = table.absent_from(no_pages()) if table else work.marked[:0]
-        ranges = each.populated(self._target.scanner, known)
-        copied = copy_pages(each.read, ranges, each.space, work.rounds, self._pipeline)
+        known = table.absent_from(no_pages()) if table else np.empty(0, dtype=np.uint64)
+        ranges = each.populated(known)
+        copied = copy_pages(each.read, ranges, each.space, round, self._pipeline)
         work.object_copied(each.space, ranges, copied)
 
-    # ---- while the target is stopped -----------------------------------------------------------
+    # ---- while they are stopped ----------------------------------------------------------------
 
-    def _pause(self, work: Work, objects: list[MappedObject]) -> Snapshot:
+    def _pause(self, work: Work, image: ImageWriter, objects: list[MappedObject]) -> list[Snapshot]:
         """Stop, scan, copy the residual, take the registers, go."""
-        stopped = StoppedProcess(self.process)
+        stopped = StoppedTree(self._tree)
         with signals_held(), _no_garbage_collection():
             work.stopping_at = time.monotonic()
             try:
                 stopped.stop()
                 work.stopped_at = time.monotonic()
-                snapshot = self._capture(work, stopped, objects)
+                snapshots = self._capture(work, stopped, objects)
                 work.captured_at = time.monotonic()
                 if self._witness:
-                    self._witness(self.process, self._target.space)
+                    self._witness(self.processes)
                 work.resuming_at = time.monotonic()
             finally:
-                stopped.release()
+                work.waits_given_back = stopped.release()
                 work.resumed_at = time.monotonic()
-        work.waits_given_back = stopped.waits_given_back
+        for target in self._tree.targets():
+            if target.fresh and work.parts[target.space].rounds == 1:
+                self._inherit(image, target)
         work.overflowed = self._pipeline.release()
-        return snapshot
+        return snapshots
 
     def _capture(
-        self, work: Work, stopped: StoppedProcess, objects: list[MappedObject]
-    ) -> Snapshot:
-        target = self._target
-        if not target.same_program():
-            raise ProgramChanged(f"process {self.process.pid} called execve")
-        if target.space.refresh():
-            _update_objects(objects, target.objects(self._objects))
-        scan = target.armer.scan(target.space)
+        self, work: Work, stopped: StoppedTree, objects: list[MappedObject]
+    ) -> list[Snapshot]:
+        targets = self._tree.targets()
+        if self._refresh(work, targets):
+            _update_objects(objects, self._find_objects())
+        for target in targets:
+            self._scan(work, target, work.parts[target.space])
         self._marks.switch()
-        self._counted = self._marks.counts(self._tgid)
-        work.found(scan.written)
-        work.gone = subtract(scan.gone, target.vdso())
-        work.unarmed = count_pages(scan.unarmed)
-        residual = subtract(merge(scan.written, work.retry()), work.gone)
-        work.residual = self._copy(work, residual, work.rounds, lambda pages: None)
+        self._count(work)
+        began = time.monotonic()
         for each in objects:
             if work.steady.get(each.space) != each.facts:
-                self._copy_object(work, each)
+                self._copy_object(work, each, 1)
+        work.compared_in = time.monotonic() - began
         work.objects = {each.key: each.space for each in objects}
-        return self._snapshot(work, stopped)
+        return [
+            Snapshot.take(member, list(stopped.threads(member).tracees.values()))
+            for member in self._tree.members
+        ]
 
-    def _snapshot(self, work: Work, stopped: StoppedProcess) -> Snapshot:
-        pid = self.process.pid
-        threads = state.leader_first(pid, list(stopped.tracees.values()))
-        for tracee in threads:
-            tracee.capture()
-        return Snapshot(
-            self.process.stat(), self._target.space.vmas, threads,
-            threads[0].read_pending(shared=True),
-        )  # fmt: skip
+    def _refresh(self, work: Work, targets: list[Target]) -> bool:
+        """Read the maps again; whether anything is mapped otherwise than before the pause."""
+        changed = len(targets) != len(work.parts)
+        for target in targets:
+            if target.space not in work.parts:
+                work.parts[target.space] = Part(target.carried, True, True)
+            changed |= target.map.refresh()
+        return changed
+
+    def _scan(self, work: Work, target: Target, part: Part) -> None:
+        scan = target.armer.scan(target.map)
+        part.found(scan.written)
+        vdso = target.vdso()
+        part.gone = subtract(scan.gone, vdso)
+        work.unarmed += count_pages(scan.unarmed)
+        residual = subtract(merge(scan.written, part.retry()), part.gone)
+        if part.whole and not part.rounds:
+            residual = merge(residual, vdso)
+        work.residual += self._copy(target, part, residual, lambda pages: None)
+
+    def _count(self, work: Work) -> None:
+        work.processes = len(self._tree.members)
+        work.limits = self._tree.limits()
+        for member in self._tree.members:
+            before, member.counted = member.counted, self._tree.counts(member)
+            work.count(before, member.counted)
 
     # ---- after the pause -----------------------------------------------------------------------
 
-    def _describe(self, image: ImageWriter, work: Work, snapshot: Snapshot) -> None:
+    def _drain(self, work: Work) -> None:
+        """Which pages BPF has seen written."""
+        marked = self._marks.drain()
+        for target in self._tree.targets():
+            sets = [marked[m.tgid] for m in self._tree.of(target) if m.tgid in marked]
+            if sets:
+                work.parts[target.space].marked = np.unique(np.concatenate(sets))
+
+    def _describe(self, image: ImageWriter, work: Work, snapshots: list[Snapshot]) -> None:
         """Everything of the epoch but page contents and statistics."""
+        work.threads = sum(len(snapshot.threads) for snapshot in snapshots)
         for space, populated in work.populated.items():
             self._mark_holes(image, space, subtract(EVERYTHING, populated), no_pages())
-        self._mark_holes(image, MM_SPACE, work.gone, work.precopied)
-        for (space, errno), pages in work.unreadable_pages(MM_SPACE).items():
+        for target in self._tree.targets():
+            part = work.parts[target.space]
+            self._mark_holes(image, target.space, part.gone, part.precopied)
+        for (space, errno), pages in work.unreadable_pages().items():
             image.mark_unreadable(space, pages, errno)
-        state.write_records(
-            image, self.process, snapshot, self._target.book, work.objects, MM_SPACE,
-            self._target.armer.ldt,
-        )  # fmt: skip
+        state.write_records(image, snapshots, self._book, work.objects)
+        self._write_ends(image)
+
+    def _write_ends(self, image: ImageWriter) -> None:
+        for member in self._tree.departed:
+            if member.status is None:
+                member.status = self.exit_status(member.process.pid)
+        state.write_ends(image, self._tree.departed)
+
+    def conclude(self) -> tuple[IndexEntry, dict[str, Any]]:
+        """When nobody is left: an epoch that only says how the last processes have ended."""
+        self._tree.update()
+        with self._begin("exit", full=False) as image:
+            self._write_ends(image)
+            stats = Work().statistics()
+            entry = image.commit(stats)
+        self._tree.departed.clear()
+        return entry, stats
 
     def _mark_holes(self, image: ImageWriter, space: int, gone: U64, precopied: U64) -> None:
         """What the parent, or this epoch's pre-copy, has of ``gone`` is there no more."""

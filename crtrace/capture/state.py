@@ -9,11 +9,14 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
+from crtrace.capture.spaces import Key
+from crtrace.capture.target import Target
+from crtrace.capture.tree import Member
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
 from crtrace.image.tables import FileFlag, FileInfo, Files, Vma, VmaFlag, VmaKind, Vmas
@@ -24,22 +27,34 @@ from crtrace.linux.ptrace import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Tracee
 from crtrace.linux.registers import Registers
 from crtrace.units import Pid
 
-Key = tuple[int, int]
-
 
 @dataclass(slots=True)
 class Snapshot:
-    """What was read of a process during one pause."""
+    """What was read of a member during one pause; its ``threads`` with the leader first."""
 
+    member: Member
+    target: Target
     stat: Stat
     vmas: list[procfs.Vma]
     threads: list[Tracee]
-    shared_pending: int = 0
+    shared_pending: int
+
+    @classmethod
+    def take(cls, member: Member, threads: list[Tracee]) -> Snapshot:
+        """Read registers and signals of stopped threads, and what else changes all the time."""
+        pid = member.process.pid
+        threads = sorted(threads, key=lambda tracee: (tracee.tid != pid, tracee.tid))
+        for tracee in threads:
+            tracee.capture()
+        return cls(
+            member, member.target, member.process.stat(), member.target.map.vmas, threads,
+            threads[0].read_pending(shared=True),
+        )  # fmt: skip
 
 
 @dataclass(slots=True)
-class MapBook:
-    """Facts of mappings and of the files they map, asked once for each inode that stays mapped.
+class FileBook:
+    """Facts of the files that are mapped, asked once for each inode that stays mapped.
 
     A file that can be written is asked again in every epoch: its size and time are what tells a
     later reader whether the file on disk is still the one that was mapped.
@@ -48,31 +63,17 @@ class MapBook:
     facts: dict[Key, FileFacts | None] = field(default_factory=dict)
     paths: dict[Key, str] = field(default_factory=dict)
     ids: dict[Key, int] = field(default_factory=dict)
-    advice: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Flags beyond protection of the VMA at (start, end), as of the last :meth:`read_advice`."""
 
-    def read_advice(self, process: Process) -> None:
-        """Ask for the flags of every VMA. It takes the kernel time in proportion to all memory, so
-        that is only done for full images."""
-        self.advice = {}
-        span = (0, 0)
-        for line in process.read("smaps").decode(errors="replace").splitlines():
-            word, _, rest = line.partition(" ")
-            if word == "VmFlags:":
-                self.advice[span] = sum(_ADVICE.get(name, 0) for name in rest.split())
-            elif not word.endswith(":"):
-                start, _, end = word.partition("-")
-                span = int(start, 16), int(end, 16)
-
-    def update(self, process: Process, vmas: list[procfs.Vma]) -> None:
-        """Bring the book up to the VMAs given."""
-        mapped: dict[Key, procfs.Vma] = {}
-        for vma in vmas:
-            if vma.file_backed:
-                mapped.setdefault((vma.device, vma.inode), vma)
+    def update(self, targets: Iterable[Target]) -> None:
+        """Bring the book up to what the targets map."""
+        mapped: dict[Key, tuple[Process, procfs.Vma]] = {}
+        for target in targets:
+            for vma in target.map.vmas:
+                if vma.file_backed:
+                    mapped.setdefault((vma.device, vma.inode), (target.process, vma))
         for key in self.facts.keys() - mapped.keys():
             del self.facts[key], self.paths[key]
-        for key, vma in mapped.items():
+        for key, (process, vma) in mapped.items():
             about = self.facts.get(key)
             if about is None or not about.build_id:
                 self.facts[key] = file_facts(process, vma)
@@ -108,14 +109,6 @@ def _file_row(number: int, key: Key, about: FileFacts | None, path: str, space: 
     )  # fmt: skip
 
 
-_ADVICE = {
-    "gd": VmaFlag.GROWS_DOWN, "lo": VmaFlag.LOCKED, "dd": VmaFlag.DONT_DUMP,
-    "dc": VmaFlag.DONT_FORK, "wf": VmaFlag.WIPE_ON_FORK, "nr": VmaFlag.NO_RESERVE,
-    "hg": VmaFlag.HUGE_PAGE, "nh": VmaFlag.NO_HUGE_PAGE, "mg": VmaFlag.MERGEABLE,
-    "ss": VmaFlag.SHADOW_STACK,
-}  # fmt: skip
-"""By their names in the VmFlags line of proc(5)."""
-
 _KINDS = {
     "[heap]": VmaKind.HEAP,
     "[stack]": VmaKind.STACK,
@@ -125,8 +118,8 @@ _KINDS = {
 }
 
 
-def vma_row(vma: procfs.Vma, book: MapBook, objects: dict[Key, int]) -> Vma:
-    """A VMA as the image records it."""
+def vma_row(vma: procfs.Vma, advice: int, book: FileBook, objects: dict[Key, int]) -> Vma:
+    """A VMA as the image records it; ``advice``: its flags beyond protection."""
     key = (vma.device, vma.inode)
     about = book.facts.get(key) if vma.file_backed else None
     kind = _KINDS.get(vma.name, VmaKind.FILE if vma.file_backed else VmaKind.ANON)
@@ -136,7 +129,7 @@ def vma_row(vma: procfs.Vma, book: MapBook, objects: dict[Key, int]) -> Vma:
         kind = VmaKind.SHM
     elif about and not about.regular:
         kind = VmaKind.DEVICE
-    flags = vma.flags | book.advice.get((vma.start, vma.end), 0)
+    flags = vma.flags | advice
     if about and about.regular and not about.memory and about.links:
         flags |= VmaFlag.FILE_BEHIND
     return Vma(
@@ -163,30 +156,43 @@ def hostname() -> str:
 
 
 def write_records(
-    image: ImageWriter,
-    process: Process,
-    snapshot: Snapshot,
-    book: MapBook,
-    objects: dict[Key, int],
-    space: int,
-    ldt: bytes,
+    image: ImageWriter, snapshots: list[Snapshot], book: FileBook, objects: dict[Key, int]
 ) -> None:
-    """Write task, address space, files and threads of one process, after the pause."""
-    xstate = snapshot.threads[0].xstate if snapshot.threads else b""
-    enabled = struct.unpack_from("<Q", xstate, 464)[0] if len(xstate) > 472 else 0
-    image.add(
-        Arch(
-            machine=os.uname().machine, xstate_size=len(xstate), xfeatures=enabled,
-            clock_ticks=os.sysconf("SC_CLK_TCK"),
-        )
-    )  # fmt: skip
-    task = image.add(_task(process, snapshot.stat))
-    mm = image.add(_mm(process, snapshot, book, space, ldt), parent=task)
+    """Write processes, address spaces, files and threads, after the pause."""
+    image.add(_arch(snapshots))
     image.add(Files(book.rows(objects)))
-    image.add(Vmas(tuple(vma_row(vma, book, objects) for vma in snapshot.vmas)), parent=mm)
-    for tracee in snapshot.threads:
-        thread = image.add(_thread(process, tracee, snapshot), parent=task)
-        image.add(_cpu(tracee), parent=thread)
+    tasks: dict[Pid, int] = {}
+    for snapshot in snapshots:
+        member, target = snapshot.member, snapshot.target
+        member.recorded = _task(member.process, snapshot.stat)
+        above = tasks.get(Pid(snapshot.stat.ppid), 0)
+        task = tasks[member.process.pid] = image.add(member.recorded, parent=above)
+        mm = image.add(_mm(snapshot, book), parent=task)
+        rows = (
+            vma_row(vma, target.advice.flags.get((vma.start, vma.end), 0), book, objects)
+            for vma in snapshot.vmas
+        )
+        image.add(Vmas(tuple(rows)), parent=mm)
+        for tracee in snapshot.threads:
+            thread = image.add(_thread(member.process, tracee, snapshot), parent=task)
+            image.add(_cpu(tracee), parent=thread)
+
+
+def write_ends(image: ImageWriter, departed: list[Member]) -> None:
+    """Write the last of processes that have ended since the epoch before."""
+    for member in departed:
+        if member.recorded:
+            status = -1 if member.status is None else member.status
+            image.add(replace(member.recorded, state="X", exit_status=status))
+
+
+def _arch(snapshots: list[Snapshot]) -> Arch:
+    xstate = snapshots[0].threads[0].xstate if snapshots else b""
+    enabled = struct.unpack_from("<Q", xstate, 464)[0] if len(xstate) > 472 else 0
+    return Arch(
+        machine=os.uname().machine, xstate_size=len(xstate), xfeatures=enabled,
+        clock_ticks=os.sysconf("SC_CLK_TCK"),
+    )  # fmt: skip
 
 
 def _or_empty(read: Callable[[], bytes]) -> bytes:
@@ -226,7 +232,8 @@ MMF_DUMP_FILTER_SHIFT = 2
 """Where the coredump filter lies in the kernel's ``mm->flags`` (include/linux/mm_types.h)."""
 
 
-def _mm(process: Process, snapshot: Snapshot, book: MapBook, space: int, ldt: bytes) -> Mm:
+def _mm(snapshot: Snapshot, book: FileBook) -> Mm:
+    process, target = snapshot.member.process, snapshot.target
     stat, vmas = snapshot.stat, snapshot.vmas
     heap = [vma.end for vma in vmas if vma.name == "[heap]"]
     exe = process.readlink("exe")
@@ -234,13 +241,13 @@ def _mm(process: Process, snapshot: Snapshot, book: MapBook, space: int, ldt: by
     first = next(named, None)
     dump_filter = _or_empty(lambda: process.read("coredump_filter")) or b"0"
     return Mm(
-        space=space, exe_file=book.identify(first) if first else 0,
+        space=target.space, exe_file=book.identify(first) if first else 0,
         start_code=stat.startcode, end_code=stat.endcode, start_data=stat.start_data,
         end_data=stat.end_data, start_brk=stat.start_brk, brk=max(heap, default=stat.start_brk),
         start_stack=stat.startstack, arg_start=stat.arg_start, arg_end=stat.arg_end,
         env_start=stat.env_start, env_end=stat.env_end, map_count=len(vmas),
         flags=int(dump_filter, 16) << MMF_DUMP_FILTER_SHIFT,
-        auxv=_or_empty(lambda: process.read("auxv")), ldt=ldt,
+        auxv=_or_empty(lambda: process.read("auxv")), ldt=target.armer.ldt,
     )  # fmt: skip
 
 
@@ -262,8 +269,3 @@ def _cpu(tracee: Tracee) -> Cpu:
     if tracee.xstate:
         sets.append((NT_X86_XSTATE, tracee.xstate))
     return Cpu(tuple(sets))
-
-
-def leader_first(pid: Pid, threads: list[Tracee]) -> list[Tracee]:
-    """Threads by number, the thread group's leader first."""
-    return sorted(threads, key=lambda tracee: (tracee.tid != pid, tracee.tid))

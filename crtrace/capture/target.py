@@ -1,70 +1,119 @@
-"""A process as the capture holds it: everything that is bound to one of its address spaces."""
+"""An address space as the capture holds it, with everything that is bound to it."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 
-from crtrace.capture.objects import MappedObject, ObjectTable
-from crtrace.capture.state import MapBook
+from crtrace.errors import TargetGone
+from crtrace.image.tables import VmaFlag
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import Scanner
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.track.armer import Armer
-from crtrace.track.userfaultfd import UserfaultfdArmer
-from crtrace.units import U64
+from crtrace.track.choose import choose
+from crtrace.track.compare import CompareArmer
+from crtrace.units import U64, no_pages
 
 
 class Target:
-    """One program in one process, armed. An ``execve`` ends it; make a new one then."""
+    """One program in one process; ``space`` is its number in the chain.
 
-    def __init__(self, process: Process) -> None:
+    Until :meth:`arm`, all of its pages count as written. An ``execve`` ends it: make a new one.
+    ``carried`` is what an attempt at an epoch that failed had found written.
+    """
+
+    def __init__(self, process: Process, space: int) -> None:
         self.process = process
-        self.closed = False
-        self.space = AddressSpace(process)
-        self.book = MapBook()
+        self.space = space
+        self.map = AddressSpace(process)
+        self.advice = Advice()
+        self.armed = False
+        self.fresh = True
+        self.carried = no_pages()
         self._pagemap = -1
-        self.armer: Armer = UserfaultfdArmer(process, self.space)
+        self.armer: Armer = CompareArmer(process, self.map)
         self.reader = MemoryReader(process)
         try:
             self._pagemap = process.open("pagemap")
             self.scanner = Scanner(self._pagemap)
-            with signals_held(), StoppedProcess(process) as stopped:
-                self.armer.arm(stopped)
-                self._landmark = process.stat().startcode
+            self._landmark = _landmark(process)
         except BaseException:
             self.close()
             raise
 
+    def arm(self) -> None:
+        """Have its writes noticed from now on, in the best way that works; stops it shortly."""
+        armer = choose(self.process, self.map)
+        try:
+            with signals_held(), StoppedProcess(self.process) as stopped:
+                armer.arm(stopped)
+        except BaseException:
+            armer.close()
+            raise
+        self.armer.close()
+        self.armer, self.armed = armer, True
+
     def close(self) -> None:
         """Disarm; the process goes on. It may be called twice."""
-        self.closed = True
         self.armer.close()
         self.reader.close()
         if self._pagemap >= 0:
             os.close(self._pagemap)
             self._pagemap = -1
 
-    def same_program(self) -> bool:
-        """Whether the process still runs in the address space that was armed."""
-        return not self.closed and self.reader.same_program(self._landmark)
+    def lives(self) -> bool:
+        """Whether its process still runs in this address space."""
+        return self.holds(self.process)
+
+    def holds(self, process: Process) -> bool:
+        """Whether a process that has been in this address space still is."""
+        try:
+            same = _landmark(process) == self._landmark
+        except TargetGone:
+            return False
+        return same and self.reader.same_program(self._landmark[0])
 
     def vdso(self) -> U64:
         """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""
-        return self.space.ranges(lambda vma: vma.name == "[vdso]")
-
-    def objects(self, table: ObjectTable) -> list[MappedObject]:
-        """What is mapped of objects whose contents belong into the image, opened."""
-        self.book.update(self.process, self.space.vmas)
-        found = table.mapped(self.space.vmas, self.book.facts)
-        return [each for each in found if _opened(each, self.process)]
+        return self.map.ranges(lambda vma: vma.name == "[vdso]")
 
 
-def _opened(each: MappedObject, process: Process) -> bool:
-    """False where the object went away between two looks; then its VMA did as well."""
-    try:
-        each.open(process)
-    except FileNotFoundError:
-        return False
-    return True
+def _landmark(process: Process) -> tuple[int, int]:
+    """Addresses that an ``execve`` changes. The address space alone does not tell: a process that
+    shares it may keep it alive."""
+    stat = process.stat()
+    if stat.state in "ZX":
+        raise TargetGone(f"process {process.pid} has exited")
+    return stat.startcode, stat.startstack
+
+
+@dataclass(slots=True)
+class Advice:
+    """Flags of VMAs beyond protection, by (start, end), as of the last :meth:`read`."""
+
+    flags: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def read(self, process: Process) -> None:
+        """Ask for the flags of every VMA. It takes the kernel time in proportion to all memory, so
+        that is only done for full images."""
+        self.flags = {}
+        span = (0, 0)
+        for line in process.read("smaps").decode(errors="replace").splitlines():
+            word, _, rest = line.partition(" ")
+            if word == "VmFlags:":
+                self.flags[span] = sum(_ADVICE.get(name, 0) for name in rest.split())
+            elif not word.endswith(":"):
+                start, _, end = word.partition("-")
+                span = int(start, 16), int(end, 16)
+
+
+_ADVICE = {
+    "gd": VmaFlag.GROWS_DOWN, "lo": VmaFlag.LOCKED, "dd": VmaFlag.DONT_DUMP,
+    "dc": VmaFlag.DONT_FORK, "wf": VmaFlag.WIPE_ON_FORK, "nr": VmaFlag.NO_RESERVE,
+    "hg": VmaFlag.HUGE_PAGE, "nh": VmaFlag.NO_HUGE_PAGE, "mg": VmaFlag.MERGEABLE,
+    "ss": VmaFlag.SHADOW_STACK,
+}  # fmt: skip
+"""By their names in the VmFlags line of proc(5)."""

@@ -6,16 +6,19 @@ import os
 import select
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
-from crtrace.capture.session import ProgramChanged, Session
+from crtrace.capture.session import Session
+from crtrace.capture.tree import ProgramChanged
 from crtrace.errors import TargetBusy, TargetGone
+from crtrace.image.chainindex import IndexEntry
 from crtrace.linux.events import ProcessEvents, open_events
 from crtrace.linux.procfs import Process, comm_of
+from crtrace.units import Pid
 
 Event = dict[str, Any]
 
@@ -83,7 +86,13 @@ class Watch:
     """Epochs of one session, as events. ``interval`` 0: only on SIGUSR1, after the first."""
 
     def __init__(
-        self, session: Session, requests: Requests, *, interval: float, count: int | None
+        self,
+        session: Session,
+        requests: Requests,
+        *,
+        interval: float,
+        count: int | None,
+        tree: bool = False,
     ) -> None:
         self._session = session
         self._process: Process = session.process
@@ -92,9 +101,13 @@ class Watch:
         self._count = count
         self._events: ProcessEvents | None = open_events()
         self._reason, self._full = "start", False
-        self._exit_status: int | None = None
+        self._statuses: dict[Pid, int] = {}
+        self._alive: dict[Pid, Process] = {process.pid: process for process in session.processes}
+        self._tree = tree
         self.taken = 0
         self.losses = 0
+        self.limits: list[str] = []
+        session.exit_status = self._await_status
 
     def close(self) -> None:
         """End the subscription to process events."""
@@ -104,38 +117,37 @@ class Watch:
     def run(self) -> Iterator[Event]:
         """Take epochs and yield an event for each thing that happens, the last one included.
 
-        Events are dicts with ``event``: ``checkpoint``, ``exec``, ``delayed`` (the target could
-        not be stopped; it is tried again), ``exit`` (of the target) or ``end``.
+        Events are dicts with ``event``: ``checkpoint``, ``exec``, ``delayed`` (the targets could
+        not be stopped; it is tried again), ``fork`` and ``exit`` (of a process), or ``end``.
         """
         due: float | None = time.monotonic() if self._interval else None
         while True:
             self._requests.epoch = delayed = False
             try:
-                if self._full:
-                    self._session.follow_exec()
                 yield self._checkpoint()
             except ProgramChanged:
-                yield self._exec_seen()
+                yield self._exec_seen(self._process.pid)
                 continue
             except TargetBusy as error:
                 yield {"event": "delayed", "reason": str(error), "hint": error.hint}
                 delayed = True
             except TargetGone:
-                yield self._exited()
+                yield from self._conclude()
                 return
+            yield from self._comings_and_goings()
             if self.taken == self._count or self._requests.stop:
                 yield self._end("signal" if self._requests.stop else "count")
                 return
             due = self._next_due(due)
-            woken = self._wait(time.monotonic() + RETRY if delayed else due)
+            woken = yield from self._wait(time.monotonic() + RETRY if delayed else due)
             if woken == "exit":
-                yield self._exited()
+                yield from self._conclude()
                 return
             if woken == "stop":
                 yield self._end("signal")
                 return
             if woken == "exec":
-                yield self._exec_seen()
+                yield self._exec_seen(self._process.pid)
             elif not self._full:
                 self._reason = "request" if woken == "request" else "interval"
 
@@ -143,33 +155,58 @@ class Watch:
         entry, stats = self._session.checkpoint(self._reason, full=self._full)
         self._full = False
         self.taken += 1
+        return self._committed(entry, stats, self._reason)
+
+    def _committed(self, entry: IndexEntry, stats: dict[str, Any], reason: str) -> Event:
         self.losses += stats["pages_unreadable"]
+        self.limits += [limit for limit in stats["limits"] if limit not in self.limits]
         return {
             "event": "checkpoint",
             "epoch": entry.epoch,
-            "reason": self._reason,
+            "reason": reason,
             "full": entry.full,
             "wall_ns": entry.wall_ns,
             **stats,
         }
 
-    def _exec_seen(self) -> Event:
-        """The next epoch is a full one of the new program."""
-        self._reason, self._full = "exec", True
-        return {"event": "exec", "pid": self._process.pid, "comm": comm_of(self._process.pid)}
+    def _exec_seen(self, pid: Pid) -> Event:
+        """A process runs a new program; when it is the target, the next epoch is a full one."""
+        if pid == self._process.pid:
+            self._reason, self._full = "exec", True
+        return {"event": "exec", "pid": pid, "comm": comm_of(pid)}
 
-    def _exited(self) -> Event:
-        status = self._await_status()
+    def _comings_and_goings(self) -> Iterator[Event]:
+        """Events for what the last epoch has found begun or ended."""
+        now = {process.pid: process for process in self._session.processes}
+        for pid in self._alive.keys() - now.keys():
+            yield self._exited(pid)
+        for pid in sorted(now.keys() - self._alive.keys()):
+            yield {"event": "fork", "pid": pid, "comm": comm_of(pid)}
+        self._alive = now
+
+    def _conclude(self) -> Iterator[Event]:
+        """Nobody is left."""
+        if self._tree and self.taken:
+            entry, stats = self._session.conclude()
+            yield self._committed(entry, stats, "exit")
+        for pid in sorted(self._alive):
+            yield self._exited(pid)
+        self._alive = {}
+
+    def _exited(self, pid: Pid) -> Event:
+        status = self._await_status(pid)
         code = os.waitstatus_to_exitcode(status) if status is not None else None
-        return {"event": "exit", "pid": self._process.pid, "status": code, "epochs": self.taken}
+        return {"event": "exit", "pid": pid, "status": code, "epochs": self.taken}
 
-    def _await_status(self) -> int | None:
-        """The wait status of the target, which comes a moment after its pidfd tells of the end."""
+    def _await_status(self, pid: Pid) -> int | None:
+        """The wait status of a process, which comes a moment after its pidfd tells of the end."""
         limit = time.monotonic() + STATUS_PATIENCE
-        while self._exit_status is None and self._events and time.monotonic() < limit:
-            select.select([self._events.fd], [], [], STATUS_PATIENCE)
+        while pid not in self._statuses and self._events and time.monotonic() < limit:
+            poller = select.poll()
+            poller.register(self._events.fd, select.POLLIN)
+            poller.poll(STATUS_PATIENCE * 1000)
             self._read_events()
-        return self._exit_status
+        return self._statuses.get(pid)
 
     def _end(self, why: str) -> Event:
         return {"event": "end", "why": why, "epochs": self.taken}
@@ -181,13 +218,9 @@ class Watch:
         missed = max(0, int((time.monotonic() - due) / self._interval))
         return due + (missed + 1) * self._interval
 
-    def _wait(self, due: float | None) -> str:
-        """Sleep until something happens: ``due``, ``request``, ``stop``, ``exec`` or ``exit``."""
-        poller = select.poll()
-        for fd in (self._requests.fd, self._process.pidfd):
-            poller.register(fd, select.POLLIN)
-        if self._events:
-            poller.register(self._events.fd, select.POLLIN)
+    def _wait(self, due: float | None) -> Generator[Event, None, str]:
+        """Sleep until something is to be done: ``due``, ``request``, ``stop``, ``exec`` (of the
+        target) or ``exit`` (of the last process); yields events of what happens meanwhile."""
         while True:
             if self._requests.stop:
                 return "stop"
@@ -196,22 +229,39 @@ class Watch:
             left = None if due is None else due - time.monotonic()
             if left is not None and left <= 0:
                 return "due"
-            ready = {fd for fd, _ in poller.poll(None if left is None else min(left, DAY) * 1000)}
-            self._requests.clear()
-            if self._process.pidfd in ready:
-                return "exit"
-            if self._events and self._events.fd in ready and self._read_events():
-                return "exec"
+            self._sleep(None if left is None else min(left, DAY))
+            for pid in self._read_events():
+                if pid == self._process.pid:
+                    return "exec"
+                yield self._exec_seen(pid)
+            for pid in [pid for pid, process in self._alive.items() if process.ended()]:
+                if len(self._alive) == 1:
+                    # In a tree there may be children that no epoch has met yet.
+                    return "due" if self._tree else "exit"
+                del self._alive[pid]
+                yield self._exited(pid)
 
-    def _read_events(self) -> bool:
-        """Take in what the proc connector has; whether the target called exec."""
-        execs = False
+    def _sleep(self, seconds: float | None) -> None:
+        """Until a signal, the end of a process, or an event."""
+        poller = select.poll()
+        for fd in (self._requests.fd, *(process.pidfd for process in self._alive.values())):
+            poller.register(fd, select.POLLIN)
+        if self._events:
+            poller.register(self._events.fd, select.POLLIN)
+        poller.poll(None if seconds is None else seconds * 1000)
+        self._requests.clear()
+
+    def _read_events(self) -> list[Pid]:
+        """Take in what the proc connector has; the processes under watch that called exec."""
+        execs: list[Pid] = []
+        watched = self._alive.keys() | {process.pid for process in self._session.processes}
         for event in self._events.read() if self._events else ():
-            if event.pid == self._process.pid:
-                execs |= event.kind == "exec"
-                if event.kind == "exit":
-                    self._exit_status = event.status
+            if event.kind == "exit" and event.pid in watched:
+                self._statuses[event.pid] = event.status
+            if event.kind == "exec" and event.pid in watched:
+                execs.append(event.pid)
         if self._events and self._events.overflowed:
             self._events.overflowed = False
-            execs |= self._session.program_changed()
+            if self._session.program_changed():
+                execs.append(self._process.pid)
         return execs

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from crtrace.capture.copy import Copied
+from crtrace.capture.copy import Copied, Failures
+from crtrace.capture.spaces import Key
 from crtrace.linux.files import FileFacts
 from crtrace.track.dirty import Counts
 from crtrace.units import U64, contains, count_pages, merge, no_pages, to_ranges
@@ -17,30 +18,71 @@ MAX_ROUNDS = 12
 
 
 @dataclass(slots=True)
-class Work:
-    """One attempt at an epoch. ``carried`` is what an attempt that failed had found written."""
+class Part:
+    """What one attempt at an epoch finds of one address space.
 
-    before: Counts
+    ``carried`` is what an attempt that failed had found written; ``whole``: everything is to be
+    read, and not only what was written.
+    """
+
     carried: U64
     whole: bool = False
-    """Everything is to be read, and not only what was written."""
+    fresh: bool = False
+    """It is the first epoch of this address space."""
     rounds: int = 0
-    converged: bool = True
     scanned: U64 = field(default_factory=no_pages)
     """Everything found written since the last committed epoch."""
     precopied: U64 = field(default_factory=no_pages)
     gone: U64 = field(default_factory=no_pages)
+    marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
+    """Written page numbers as BPF saw them."""
+    failed: Failures = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.scanned = self.carried
+
+    def found(self, written: U64) -> None:
+        """A scan reported these pages written, and has armed them again."""
+        self.scanned = merge(self.scanned, written)
+
+    def retry(self) -> U64:
+        """Pages to read besides what the scan says: carried over, or not readable before."""
+        failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
+        return merge(no_pages() if self.rounds else self.carried, to_ranges(failed))
+
+    def copied(self, ranges: U64, copied: Copied) -> None:
+        """Pages were copied; those that failed before were among them."""
+        self.precopied = merge(self.precopied, ranges)
+        self.failed = copied.unreadable
+        self.rounds += 1
+
+
+@dataclass(slots=True)
+class Work:
+    """One attempt at an epoch: its ``parts`` by space, and what is common to them."""
+
+    parts: dict[int, Part] = field(default_factory=dict)
+    processes: int = 0
+    threads: int = 0
+    rounds: int = 0
+    converged: bool = True
+    pages: int = 0
+    """Copied while the targets ran, or about to be."""
     residual: int = 0
     unarmed: int = 0
     waits_given_back: int = 0
     overflowed: bool = False
-    marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
-    """Written page numbers as BPF saw them."""
-    objects: dict[tuple[int, int], int] = field(default_factory=dict)
+    lost_events: int = 0
+    map_changes: int = 0
+    limits: list[str] = field(default_factory=list)
+    objects: dict[Key, int] = field(default_factory=dict)
     steady: dict[int, FileFacts] = field(default_factory=dict)
     """Objects that nobody writes, by space, as they were when they were read."""
     populated: dict[int, U64] = field(default_factory=dict)
+    """What objects hold, by space."""
     pages_compared: int = 0
+    compared_in: float = 0.0
+    """Seconds of the pause that reading objects took."""
     committed: bool = False
     began_at: float = field(default_factory=time.monotonic)
     stopping_at: float = 0.0
@@ -49,31 +91,13 @@ class Work:
     resuming_at: float = 0.0
     resumed_at: float = 0.0
     written_at: float = 0.0
-    _failed: list[tuple[int, int]] = field(default_factory=list)
-    _failed_in_objects: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    _failed_in_objects: dict[int, Failures] = field(default_factory=dict)
     _left: list[int] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.scanned = self.carried
-
-    @property
-    def faults(self) -> int:
-        """BPF's count of write faults when the epoch began."""
-        return self.before.faults
-
-    def found(self, written: U64) -> None:
-        """A scan reported these pages written, and has armed them again."""
-        self.scanned = merge(self.scanned, written)
-
-    def retry(self) -> U64:
-        """Pages to read besides what the scan says: carried over, or not readable before."""
-        failed = np.array(sorted(page for page, _ in self._failed), dtype=np.uint64)
-        return merge(no_pages() if self.rounds else self.carried, to_ranges(failed))
-
-    def copied(self, ranges: U64, copied: Copied) -> None:
-        """Private pages were copied; those that failed before were among them."""
-        self.precopied = merge(self.precopied, ranges)
-        self._failed = copied.unreadable
+    def count(self, before: Counts, after: Counts) -> None:
+        """What BPF counted of one process since the last epoch."""
+        self.lost_events += after.lost - before.lost
+        self.map_changes += after.map_changes - before.map_changes
 
     def object_copied(self, space: int, ranges: U64, copied: Copied) -> None:
         """An object was read: all that it holds within ``ranges``, and nothing beyond."""
@@ -93,10 +117,11 @@ class Work:
         self.converged = not stuck and len(self._left) < MAX_ROUNDS
         return self.converged
 
-    def unreadable_pages(self, mm_space: int) -> dict[tuple[int, int], U64]:
+    def unreadable_pages(self) -> dict[tuple[int, int], U64]:
         """Ascending page numbers that could not be read, by space and errno."""
         groups: dict[tuple[int, int], list[int]] = {}
-        for space, failed in {mm_space: self._failed, **self._failed_in_objects}.items():
+        private = {space: part.failed for space, part in self.parts.items()}
+        for space, failed in {**private, **self._failed_in_objects}.items():
             for page, errno in failed:
                 groups.setdefault((space, errno), []).append(page)
         return {key: np.array(sorted(pages), dtype=np.uint64) for key, pages in groups.items()}
@@ -105,12 +130,8 @@ class Work:
         """Microseconds since the epoch began."""
         return _us(self.began_at, time.monotonic())
 
-    def statistics(self, after: Counts, first: bool) -> dict[str, Any]:
-        """Times in µs, counts in pages; DESIGN.md says which names are CRIU's.
-
-        ``first``: this is the first epoch since the target was armed, so that BPF cannot have seen
-        what was written.
-        """
+    def statistics(self) -> dict[str, Any]:
+        """Times in µs, counts in pages; DESIGN.md says which names are CRIU's."""
         return {
             "freezing_time": _us(self.stopping_at, self.stopped_at),
             "frozen_time": _us(self.stopped_at, self.captured_at)
@@ -118,26 +139,38 @@ class Work:
             "witness_time": _us(self.captured_at, self.resuming_at),
             "memdump_time": _us(self.began_at, self.captured_at),
             "memwrite_time": _us(self.resumed_at, self.written_at),
+            "compare_time": round(self.compared_in * 1e6),
+            "processes": self.processes,
+            "threads": self.threads,
             "precopy_rounds": self.rounds,
             "precopy_converged": self.converged,
-            "pages_scanned": count_pages(self.scanned),
+            "pages_scanned": sum(count_pages(part.scanned) for part in self.parts.values()),
             "pages_residual": self.residual,
             "pages_unarmed": self.unarmed,
             "pages_compared": self.pages_compared,
-            "map_changes": after.map_changes - self.before.map_changes,
+            "map_changes": self.map_changes,
             "waits_given_back": self.waits_given_back,
             "pause_overflow": self.overflowed,
-            **self._bpf_statistics(after, first),
+            "limits": self.limits,
+            **self._bpf_statistics(),
         }
 
-    def _bpf_statistics(self, after: Counts, first: bool) -> dict[str, Any]:
-        """BPF's pages beside the scans': ``bpf_missed`` are those that only the scans saw."""
-        both = int(contains(self.scanned, self.marked).sum())
+    def _bpf_statistics(self) -> dict[str, Any]:
+        """BPF's pages beside the scans': ``bpf_missed`` are those that only the scans saw. Just
+        after a target was armed that cannot be told, since BPF did not see how it came to be."""
+        parts = self.parts.values()
+        marked = sum(len(part.marked) for part in parts)
+        both = sum(int(contains(part.scanned, part.marked).sum()) for part in parts)
+        missed = sum(
+            count_pages(part.scanned) - int(contains(part.scanned, part.marked).sum())
+            for part in parts
+            if not part.fresh
+        )
         return {
-            "bpf_pages": len(self.marked),
-            "bpf_only": len(self.marked) - both,
-            "bpf_missed": None if first else count_pages(self.scanned) - both,
-            "bpf_lost_events": after.lost - self.before.lost,
+            "bpf_pages": marked,
+            "bpf_only": marked - both,
+            "bpf_missed": None if all(part.fresh for part in parts) else missed,
+            "bpf_lost_events": self.lost_events,
         }
 
 

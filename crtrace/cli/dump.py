@@ -7,8 +7,8 @@ from pathlib import Path
 import click
 
 from crtrace.cli.options import MAX_PID, FiniteRange
-from crtrace.cli.output import Bar, Failure, emit, json_option, note
-from crtrace.cli.watch import LOSSES, describe
+from crtrace.cli.output import Bar, emit, json_option
+from crtrace.cli.watch import describe, tell_losses
 from crtrace.units import PAGE_SIZE, Pid, human_bytes
 
 
@@ -43,6 +43,4 @@ def dump(pid: int, path: Path, max_pause: float, as_json: bool) -> None:
         emit(event)
     else:
         click.echo(describe(event))
-    if stats["pages_unreadable"]:
-        note(f"some pages could not be read: crtrace show {path} lists them", fg="yellow")
-        raise Failure(LOSSES)
+    tell_losses(stats["pages_unreadable"], stats["limits"], path)

@@ -33,7 +33,12 @@ def show(chain: Path, epoch: int, as_json: bool) -> None:
     )
     for task in facts["tasks"]:
         _print_task(task)
+    limits = facts["stats"].pop("limits", [])
     _print_stats(facts["stats"])
+    if limits:
+        _heading("limits")
+        for limit in limits:
+            click.echo(printable(limit))
     _print_losses(facts["losses"])
 
 

@@ -30,19 +30,24 @@ LOSSES = 3
     "--max-pause", type=FiniteRange(min=3), default=10.0, show_default=True, metavar="MS",
     help="Pre-copy until the pause is expected to be shorter than this.",
 )  # fmt: skip
+@click.option(
+    "--tree/--no-tree", default=False, show_default=True,
+    help="Follow all that descend from it as well, in one pause for all.",
+)  # fmt: skip
 @json_option
 def watch(
-    pid: int, path: Path | None, interval: float, count: int | None, max_pause: float,
+    pid: int, path: Path | None, interval: float, count: int | None, max_pause: float, tree: bool,
     as_json: bool,
 ) -> None:  # fmt: skip
     """Follow process PID and write an image of it every few seconds.
 
     The first epoch is taken at once and is full; each later one holds only what changed. SIGUSR1
     takes one now. The first Ctrl-C (or SIGTERM) finishes the epoch under way and ends with 0, the
-    second stops at once. When the target exits, watch ends with 0.
+    second stops at once. When the target (with --tree: the last process) exits, watch ends with 0.
     """
     from crtrace.capture.attach import attached
     from crtrace.capture.watch import StopNow, Watch, listening
+    from crtrace.errors import TargetGone
 
     path = path or Path(f"crtrace-{pid}")
     bar = Bar("first image", lambda pages: human_bytes(pages * PAGE_SIZE))
@@ -50,9 +55,9 @@ def watch(
     with listening() as requests:
         try:
             with attached(
-                Pid(pid), path, max_pause_ms=max_pause, progress=bar.update
+                Pid(pid), path, tree=tree, max_pause_ms=max_pause, progress=bar.update
             ) as session, closing(
-                Watch(session, requests, interval=interval, count=count)
+                Watch(session, requests, interval=interval, count=count, tree=tree)
             ) as watched:  # fmt: skip
                 note(f"watching {pid} ({session.process.comm}) into {path}")
                 if not session.heals:
@@ -65,16 +70,18 @@ def watch(
             bar.clear()
             note("stopped at once; the committed epochs are whole")
             raise Failure(128 + stop.signum) from None
-    _judge(watched.taken, watched.losses, pid, path)
-
-
-def _judge(taken: int, losses: int, pid: int, path: Path) -> None:
-    from crtrace.errors import TargetGone
-
-    if not taken:
+    if not watched.taken:
         raise TargetGone(f"process {pid} exited before its first epoch was complete")
-    if losses:
-        note(f"{losses} pages could not be read: crtrace show {path} lists them", fg="yellow")
+    tell_losses(watched.losses, watched.limits, path)
+
+
+def tell_losses(pages: int, limits: list[str], path: Path) -> None:
+    """Say what is not in the images, and leave with the exit code for that."""
+    for limit in limits:
+        note(limit, fg="yellow")
+    if pages:
+        note(f"{pages} pages could not be read: crtrace show {path} lists them", fg="yellow")
+    if pages or limits:
         raise Failure(LOSSES)
 
 
@@ -86,6 +93,8 @@ def _print_event(event: dict[str, Any]) -> None:
         click.echo(f"{event['pid']} runs a new program now: {event['comm']}")
     elif kind == "delayed":
         note(f"epoch delayed: {event['reason']}", fg="yellow")
+    elif kind == "fork":
+        click.echo(f"{event['pid']} ({event['comm']}) is new")
     elif kind == "exit":
         status = "" if event["status"] is None else f" with status {event['status']}"
         click.echo(f"{event['pid']} exited{status} after {event['epochs']} epochs")
@@ -101,6 +110,8 @@ def describe(event: dict[str, Any]) -> str:
         f"{human_bytes(event['bytes_stored']):>10} stored  "
         f"pause {milliseconds(event['frozen_time']):>10}"
     )
+    if event["processes"] > 1:
+        text += f"  {event['processes']} processes"
     for sign, name in ((event["pages_hole"], "holes"), (event["pages_unreadable"], "unreadable")):
         text += f"  {sign} {name}" if sign else ""
     if not event["precopy_converged"] or event["pause_overflow"]:

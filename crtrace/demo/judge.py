@@ -9,8 +9,9 @@ process had not must read as zeros.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 
@@ -162,17 +163,30 @@ def _check_zero(verdict: Verdict, epoch: Epoch, task: TaskView, addresses: list[
             verdict.wrong.append(address)
 
 
+class HasPid(Protocol):
+    """A process, as far as the judge cares."""
+
+    @property
+    def pid(self) -> int:
+        """Its number."""
+
+
 class Judge:
-    """A witness for a session: remembers what it saw in the last pause."""
+    """A witness for a session: remembers what it saw of all processes in the last pause."""
 
     def __init__(self) -> None:
-        self.seen: Seen | None = None
+        self.seen: list[Seen] = []
 
-    def __call__(self, process: Any, space: Any) -> None:
-        self.seen = observe(process.pid)
+    def __call__(self, processes: Iterable[HasPid]) -> None:
+        self.seen = [observe(process.pid) for process in processes]
 
     def judge(self, epoch: Epoch) -> Verdict:
         """Compare what was seen last with the epoch that was taken in that pause."""
-        if self.seen is None:
+        if not self.seen:
             raise ValueError("nothing was seen yet")
-        return compare(self.seen, epoch)
+        verdict = Verdict()
+        for seen in self.seen:
+            found = compare(seen, epoch)
+            verdict.compared += found.compared
+            verdict.wrong += found.wrong
+        return verdict

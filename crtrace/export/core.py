@@ -64,11 +64,15 @@ def export_core(epoch: Epoch, path: str | os.PathLike[str], *, pid: int | None =
 
 def find_task(epoch: Epoch, pid: int | None) -> TaskView:
     """The task with that pid, or the first. Raises as ``export_core`` does."""
-    for view in epoch.tasks:
-        if pid is None or view.task.pid == pid:
-            if view.mm is None:
-                raise CrtraceError(f"pid {view.task.pid} has no memory in this epoch")
+    fitting = [view for view in epoch.tasks if pid in (None, view.task.pid)]
+    for view in fitting:
+        if view.mm:
             return view
+    if fitting:
+        raise CrtraceError(
+            f"process {fitting[0].task.pid} had ended in this epoch: it has no memory",
+            hint="choose an earlier one with --epoch",
+        )
     known = ", ".join(str(view.task.pid) for view in epoch.tasks) or "none"
     wanted = "a task" if pid is None else f"pid {pid}"
     raise UsageError(f"the epoch does not have {wanted}; it has: {known}")

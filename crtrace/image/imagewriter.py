@@ -116,9 +116,13 @@ class ImageWriter:
         For a child and its parent: the same page as the parent image has it, or as it was written
         into this image until now; so write those of ``origin`` first.
         """
-        self._origins[space] = Origin(
-            origin, self._parents.get(origin), self._space(origin).so_far()
-        )
+        written = self._spaces.get(origin, PendingSpace()).so_far()
+        self._origins[space] = Origin(origin, self._parents.get(origin), written)
+
+    def drop(self, space: int) -> None:
+        """Forget what was written of a space: it is not in this epoch after all."""
+        with self._lock:
+            self._spaces.pop(space, None)
 
     def write_pages(self, space: int, pages: U64, data: Bytes, *, round: int = 0) -> None:
         """Store the contents, ``(n, 4096)``, of the pages ``(n,)``, each once, any order.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -98,9 +99,14 @@ def _decode(message: Any) -> ProcessEvent | None:
     return None
 
 
+def in_initial_pid_namespace() -> bool:
+    """Whether process numbers are the kernel's own here."""
+    return os.stat("/proc/self/ns/pid").st_ino == _INITIAL_PID_NAMESPACE
+
+
 def open_events() -> ProcessEvents | None:
     """A subscription, or None where the proc connector cannot be heard."""
-    if os.stat("/proc/self/ns/pid").st_ino != _INITIAL_PID_NAMESPACE:
+    if not in_initial_pid_namespace():
         return None
     try:
         return ProcessEvents()
@@ -133,13 +139,13 @@ class Accounting:
         """Close the socket."""
         self._socket.close()
 
-    def totals(self, process: Process) -> dict[str, int]:
+    def totals(self, processes: Iterable[Process]) -> dict[str, int]:
         """Sums over all threads: faults, CPU time and delays in ns, context switches."""
         totals = dict.fromkeys(_PAID.values(), 0)
-        try:
-            threads = process.threads()
-        except TargetGone:
-            return totals
+        threads: list[Pid] = []
+        for process in processes:
+            with suppress(TargetGone):
+                threads += process.threads()
         for tid in threads:
             for name, value in self._thread(tid).items():
                 if name in _PAID:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SYS_PROCESS_VM_READV = 310
+SYS_KCMP, _KCMP_VM = 312, 1
 SYS_BPF = 321
 SYS_PIDFD_GETFD = 438
 IOV_MAX = 1024
@@ -71,6 +72,11 @@ def process_vm_readv(pid: Pid, local: int, size: int, remote: U64) -> int:
 def pidfd_getfd(pidfd: int, fd: int) -> int:
     """A duplicate, in this process, of another process's descriptor."""
     return syscall(SYS_PIDFD_GETFD, pidfd, fd, 0)
+
+
+def same_memory(one: Pid, other: Pid) -> bool:
+    """Whether two processes share an address space; ``OSError`` where that cannot be asked."""
+    return syscall(SYS_KCMP, one, other, _KCMP_VM) == 0
 
 
 def lock_and_touch(buffer: NDArray[np.uint8]) -> None:

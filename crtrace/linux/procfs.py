@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import re
+import select
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
@@ -235,6 +237,12 @@ class Process:
         except (OSError, TargetGone):
             return False
 
+    def ended(self) -> bool:
+        """Whether all of its threads have ended."""
+        poller = select.poll()
+        poller.register(self.pidfd, select.POLLIN)
+        return bool(poller.poll(0))
+
     def threads(self) -> list[Pid]:
         """The numbers of all its threads now."""
         return [Pid(int(name)) for name in self.listdir("task")]
@@ -280,6 +288,16 @@ def _no_such(pid: Pid, error: OSError) -> Exception:
     if error.errno in (errno.ESRCH, errno.ENOENT, errno.EINVAL):
         return TargetGone(f"there is no process {pid}")
     return NotPermitted(f"not allowed to open process {pid}: {error.strerror}", hint="run as root")
+
+
+def parents() -> dict[Pid, Pid]:
+    """The parent of every process there is now."""
+    found: dict[Pid, Pid] = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with suppress(OSError), open(f"/proc/{name}/stat", errors="replace") as file:
+                found[Pid(int(name))] = Pid(parse_stat(file.read()).ppid)
+    return found
 
 
 def refuse_unsuitable(process: Process) -> None:

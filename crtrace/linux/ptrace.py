@@ -30,6 +30,8 @@ EVENT_STOP = 128
 WALL = 0x40000000
 
 NT_PRSTATUS, NT_PRFPREG, NT_X86_XSTATE = 1, 2, 0x202
+PATIENCE = 1.0
+"""Seconds that a thread may take to stop."""
 XSTATE_MAX = 16384
 """Bytes kept ready for one thread's xstate: AMX, the largest today, needs 11,008."""
 
@@ -114,7 +116,7 @@ class StoppedProcess:
     stopped is let go.
     """
 
-    def __init__(self, process: Process, patience: float = 1.0) -> None:
+    def __init__(self, process: Process, patience: float = PATIENCE) -> None:
         self.process = process
         self.tracees: dict[Pid, Tracee] = {}
         self.waits_given_back = 0
@@ -135,23 +137,22 @@ class StoppedProcess:
 
     def stop(self) -> None:
         """Stop every thread. Raises ``TargetGone``, ``NotPermitted`` or ``TargetBusy``."""
-        deadline = time.monotonic() + self._patience
-        try:
-            while fresh := [t for t in self.process.threads() if t not in self.tracees]:
-                if not self._stop_some(fresh, deadline):
-                    break
-        except BaseException:
-            self.release()
-            raise
+        stop_all([self], self._patience)
         if not self.tracees:
             raise TargetGone(f"process {self.process.pid} has no living thread")
 
-    def _stop_some(self, tids: list[Pid], deadline: float) -> bool:
-        seized = [tid for tid in tids if self._seize(tid)]
-        for tid in seized:
+    def interrupt(self) -> list[Pid]:
+        """Seize and interrupt the threads that are not held yet; those are to be waited for."""
+        try:
+            return [t for t in self.process.threads() if t not in self.tracees and self._seize(t)]
+        except TargetGone:
+            return []
+
+    def wait(self, tids: list[Pid], deadline: float) -> None:
+        """Wait until these threads have stopped, or ended."""
+        for tid in tids:
             if not _await_stop(tid, deadline):
                 del self.tracees[tid]
-        return bool(seized)
 
     def _seize(self, tid: Pid) -> bool:
         try:
@@ -179,6 +180,23 @@ class StoppedProcess:
         for tid in self.tracees:
             _detach(tid)
         self.tracees.clear()
+
+
+def stop_all(processes: list[StoppedProcess], patience: float = PATIENCE) -> None:
+    """Stop every thread of several processes, all interrupted first and waited for after.
+
+    A process that is gone ends with no ``tracees``. If anything fails on the way, every thread
+    already stopped is let go.
+    """
+    deadline = time.monotonic() + patience
+    try:
+        while fresh := [(each, tids) for each in processes if (tids := each.interrupt())]:
+            for each, tids in fresh:
+                each.wait(tids, deadline)
+    except BaseException:
+        for each in processes:
+            each.release()
+        raise
 
 
 def _explain_refusal(error: OSError, pid: Pid, tid: Pid) -> bool:

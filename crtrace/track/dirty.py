@@ -28,7 +28,8 @@ TARGET = np.dtype(
     ]
 )
 assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 32), "see bpf/track.h"
-FOLLOW = 1
+FOLLOW, CHILD, SHARES = 1, 2, 4
+"""Flags of a target, as in bpf/track.h."""
 
 _RAW_TRACEPOINT_OPEN = 17
 
@@ -58,13 +59,14 @@ class WrittenPages:
         Stops the process for a moment: that is how BPF learns of the number, whatever namespaces
         lie between.
         """
-        tgid = self._resolve(process)
+        tgid = self.resolve(process)
         value = np.zeros(1, dtype=TARGET)
         value["flags"] = FOLLOW if follow else 0
         bpf.update(self._maps["targets"], _u32(tgid), value)
         return tgid
 
-    def _resolve(self, process: Process) -> int:
+    def resolve(self, process: Process) -> int:
+        """The number of a process in BPF's maps."""
         number = process.status()["NSpid"].split()[-1]
         space = os.stat("ns/pid", dir_fd=process.dirfd)
         for index, word in enumerate((space.st_dev, space.st_ino, int(number), 0)):
@@ -87,14 +89,16 @@ class WrittenPages:
         """Mark it no longer."""
         bpf.delete(self._maps["targets"], _u32(tgid))
 
-    def targets(self) -> list[int]:
-        """All processes that are marked now, followed children included."""
-        found, key = [], _u32(0)
-        after = np.zeros(1, dtype=np.uint32)
-        first = True
-        while bpf.next_key(self._maps["targets"], None if first else key, after):
-            found.append(int(after[0]))
-            key[0], first = after[0], False
+    def targets(self) -> dict[int, int]:
+        """The flags of all processes that are marked now, followed children included."""
+        found: dict[int, int] = {}
+        key, after = _u32(0), np.zeros(1, dtype=np.uint32)
+        value = np.zeros(1, dtype=TARGET)
+        # Where the key before is deleted meanwhile, the kernel begins again at the first.
+        while bpf.next_key(self._maps["targets"], key if found else None, after):
+            key[0] = after[0]
+            if bpf.lookup(self._maps["targets"], key, value):
+                found[int(key[0])] = int(value["flags"][0])
         return found
 
     def counts(self, tgid: int) -> Counts:

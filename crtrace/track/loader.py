@@ -29,7 +29,7 @@ TARGETS = 4_096
 
 MAPS = ("written0", "written1", "targets", "generation", "totals", "question")
 RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned")
-TRACEPOINTS = ("task:task_newtask", "sched:sched_process_exit")
+TRACEPOINTS = ("task:task_newtask", "sched:sched_process_exec", "sched:sched_process_exit")
 
 
 @dataclass(slots=True)

@@ -96,7 +96,7 @@ def test_the_first_faults_of_children_are_seen(spawn: Spawn, programs: Programs)
             written = pages_between(drained[child["pid"]], child[area], pages * PAGE_SIZE)
             assert written == set(range(pages)), f"{area} of {child}"
     target.obey("reap")
-    wait_until(lambda: marks.targets() == [number], "children that ended are targets no more")
+    wait_until(lambda: set(marks.targets()) == {number}, "children that ended are targets no more")
     assert marks.lost_children() == 0
 
 

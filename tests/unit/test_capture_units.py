@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crtrace.capture.copy import chunks
-from crtrace.capture.work import Work
+from crtrace.capture.work import Part, Work
 from crtrace.linux.inject import rewound, signal_frame, signal_xstate
 from crtrace.linux.procfs import EXEC, READ, SHARED, WRITE, parse_maps, parse_stat
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.linux.waits import cut_short, started_again
-from crtrace.track.dirty import Counts, decode
-from crtrace.units import CHUNK_PAGES, U64, expand, merge, no_pages, to_ranges
+from crtrace.track.dirty import decode
+from crtrace.units import CHUNK_PAGES, U64, expand, merge, to_ranges
 
 page_sets = st.sets(st.integers(0, 5000), max_size=1500)
 
@@ -123,7 +123,7 @@ def test_extended_state_in_a_frame_describes_itself() -> None:
 
 
 def test_pre_copy_goes_on_while_it_gains_and_stops_when_it_does_not() -> None:
-    gaining, stuck = (Work(Counts(0, 0, 0), no_pages()) for _ in range(2))
+    gaining, stuck = (Work() for _ in range(2))
     assert all(gaining.converging(left) for left in (90_000, 40_000, 20_000, 9_000))
     assert [stuck.converging(left) for left in (50_000, 48_000, 51_000)] == [True, True, False]
     assert not stuck.converged
@@ -131,7 +131,7 @@ def test_pre_copy_goes_on_while_it_gains_and_stops_when_it_does_not() -> None:
 
 def test_what_was_scanned_is_kept_with_what_was_carried() -> None:
     carried = ranges_of({1, 2})
-    work = Work(Counts(0, 0, 0), carried)
-    work.found(ranges_of({2, 3, 9}))
-    assert expand(work.scanned).tolist() == [1, 2, 3, 9]
-    assert work.retry().tolist() == merge(carried).tolist()
+    part = Part(carried)
+    part.found(ranges_of({2, 3, 9}))
+    assert expand(part.scanned).tolist() == [1, 2, 3, 9]
+    assert part.retry().tolist() == merge(carried).tolist()

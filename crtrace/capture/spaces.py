@@ -1,0 +1,43 @@
+"""Which number in the chain stands for which address space or memory object."""
+
+from __future__ import annotations
+
+from crtrace.image.epoch import Epoch
+from crtrace.linux.procfs import Process
+from crtrace.units import Pid
+
+Key = tuple[int, int]
+"""Device and inode."""
+
+
+class Spaces:
+    """Gives out space numbers; what an existing chain has numbered keeps its number."""
+
+    def __init__(self) -> None:
+        self._programs: dict[tuple[Pid, int], int] = {}
+        self._objects: dict[Key, int] = {}
+        self._next = 1
+
+    def go_on_from(self, epoch: Epoch) -> None:
+        """Keep the numbers of a chain's newest epoch."""
+        for view in epoch.tasks:
+            if view.mm:
+                self._programs[Pid(view.task.pid), view.task.start_ticks] = view.mm.space
+        kept = (file for file in epoch.files.values() if file.object_space)
+        self._objects = {(file.dev, file.inode): file.object_space for file in kept}
+        self._next = max(epoch.spaces, default=0) + 1
+
+    def of_program(self, process: Process) -> int:
+        """For the address space of a process that begins to be watched, or runs a new program."""
+        known = self._programs.pop((process.pid, process.starttime), 0)
+        return known or self._new()
+
+    def of_object(self, key: Key) -> int:
+        """For a memory object; always the same."""
+        if key not in self._objects:
+            self._objects[key] = self._new()
+        return self._objects[key]
+
+    def _new(self) -> int:
+        self._next += 1
+        return self._next - 1

@@ -1,0 +1,289 @@
+"""The processes under watch: the target, and with ``--tree`` all that descend from it.
+
+A process that shares the target's address space (a child made with ``CLONE_VM``) always belongs to
+it, tree or not: what it writes is the target's memory, so it must stand still in the pause.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+from crtrace.capture.spaces import Spaces
+from crtrace.capture.target import Target
+from crtrace.errors import CrtraceError, TargetBusy, TargetGone
+from crtrace.image.records import Task
+from crtrace.linux.events import in_initial_pid_namespace
+from crtrace.linux.libc import same_memory
+from crtrace.linux.procfs import Process, parents, refuse_unsuitable
+from crtrace.linux.ptrace import StoppedProcess, stop_all
+from crtrace.track.dirty import Counts, WrittenPages
+from crtrace.units import Pid
+
+
+class ProgramChanged(TargetGone):
+    """The target called ``execve``: the address space under watch is no more."""
+
+
+@dataclass(eq=False, slots=True)
+class Member:
+    """One process under watch. ``tgid`` is its number in BPF's maps; 0: not known yet."""
+
+    process: Process
+    tgid: int
+    target: Target
+    parent: Member | None = None
+    counted: Counts = field(default_factory=lambda: Counts(0, 0, 0))
+    """BPF's counts as of the last pause."""
+    recorded: Task | None = None
+    """What the last committed epoch says of it."""
+    status: int | None = None
+    """Its wait status, once it has ended and that is known."""
+
+    @property
+    def sharing(self) -> bool:
+        """Whether its address space is another member's too, and watched through that one."""
+        return self.process is not self.target.process
+
+    @property
+    def settled(self) -> bool:
+        """Whether it still runs in the address space of ``target``."""
+        return self.target.lives() and (not self.sharing or self.target.holds(self.process))
+
+
+class Tree:
+    """The ``members``, parents before their children, and those ``departed`` of late."""
+
+    def __init__(self, process: Process, marks: WrittenPages, spaces: Spaces, follow: bool) -> None:
+        self._marks = marks
+        self._spaces = spaces
+        self._follow = follow
+        self._nested = not in_initial_pid_namespace()
+        self._lost = marks.lost_children()
+        self.departed: list[Member] = []
+        self.refused: dict[Pid, str] = {}
+        """Processes of the tree that cannot be captured, and why."""
+        tgid = marks.add(process, follow=follow)
+        self.members: list[Member] = []
+        try:
+            self.root = Member(process, tgid, Target(process, spaces.of_program(process)))
+            self.members.append(self.root)
+            self.root.target.arm()
+            self._add_relatives()
+        except BaseException:
+            marks.remove(tgid)
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Disarm and let go of all; the processes go on. It may be called twice."""
+        for member in self.members:
+            member.target.close()
+            self._forget(member)
+        self.members.clear()
+
+    def _forget(self, member: Member) -> None:
+        self._marks.remove(member.tgid)
+        if member is not self.root:
+            member.process.close()
+
+    def targets(self) -> list[Target]:
+        """The address spaces, each once."""
+        return list({id(member.target): member.target for member in self.members}.values())
+
+    def of(self, target: Target) -> list[Member]:
+        """The members in an address space."""
+        return [member for member in self.members if member.target is target]
+
+    def counts(self, member: Member) -> Counts:
+        """What BPF counted for a member until now."""
+        return self._marks.counts(member.tgid)
+
+    def faults(self) -> int:
+        """Write faults of all members since the last pause."""
+        return sum(self.counts(each).faults - each.counted.faults for each in self.members)
+
+    def limits(self) -> list[str]:
+        """What of the tree is not in the images, and why."""
+        found = [f"process {pid} is left out: {why}" for pid, why in self.refused.items()]
+        if lost := self._marks.lost_children() - self._lost:
+            found.append(f"{lost} forks were not followed in time: too many processes at once")
+        return found
+
+    # ---- while they run ------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Bring the members up to date: those that ended, began, or run another program."""
+        self.refused.clear()
+        for member in list(self.members):
+            if not member.process.alive():
+                self.depart(member)
+        for process, tgid in self.strangers():
+            with suppress(TargetGone):
+                self.join(process, tgid)
+        for member in list(self.members):
+            if not member.settled:
+                self.resettle(member)
+        for member in self.members:
+            if not member.tgid:
+                member.tgid = self._marks.resolve(member.process)
+        for target in self.targets():
+            if not target.armed:
+                with suppress(TargetGone, TargetBusy):  # it is read whole once more, then
+                    target.arm()
+
+    def _add_relatives(self) -> None:
+        """Add who is there already. A child made before its parent was marked is in the list that
+        is read after that."""
+        while fresh := [process for pid in self._relatives() if (process := self._open(pid))]:
+            for process in fresh:
+                with suppress(TargetGone):
+                    member = self.join(process, self._marks.add(process, follow=self._follow))
+                    if not member.target.armed:
+                        member.target.arm()
+
+    def _relatives(self) -> list[Pid]:
+        """Who belongs to the tree by ``/proc`` and is no member: descendants, parents first, and
+        those in a member's address space."""
+        above = parents()
+        known = {member.process.pid for member in self.members}
+        found: list[Pid] = []
+        reached = known if self._follow else set()
+        while reached := {pid for pid, parent in above.items() if parent in reached} - known:
+            found += sorted(reached)
+            known |= reached
+        return found + [pid for pid in above if pid not in known and self._sharing(pid)]
+
+    # ---- also while they are stopped -----------------------------------------------------------
+
+    def strangers(self) -> Iterator[tuple[Process, int]]:
+        """Processes that are to become members, with their ``tgid``, until there are no more."""
+        tried: set[Pid] = set()
+        while fresh := [each for each in self._newcomers() if each[0] not in tried]:
+            for pid, tgid in fresh:
+                tried.add(pid)
+                if process := self._open(pid):
+                    yield process, tgid
+
+    def _newcomers(self) -> list[tuple[Pid, int]]:
+        """Processes that BPF has followed and that are no members yet, with their ``tgid``."""
+        known = {member.tgid for member in self.members}
+        fresh = [tgid for tgid in self._marks.targets() if tgid not in known]
+        if self._marks.lost_children() > self._lost or (self._nested and fresh):
+            # The numbers that BPF knows are of another namespace, or it has not got them all.
+            return [(pid, 0 if self._nested else int(pid)) for pid in self._relatives()]
+        return [(Pid(tgid), tgid) for tgid in fresh]
+
+    def _open(self, pid: Pid) -> Process | None:
+        """A process that may become a member; None if it is gone or cannot be captured."""
+        try:
+            process = Process(pid)
+        except TargetGone:
+            return None
+        try:
+            refuse_unsuitable(process)
+        except CrtraceError as error:
+            process.close()
+            if not isinstance(error, TargetGone):
+                self.refused[pid] = str(error)
+            return None
+        return process
+
+    def join(self, process: Process, tgid: int) -> Member:
+        """Make it a member; its pages count as written until it is armed. Raises ``TargetGone``."""
+        try:
+            above = process.stat().ppid
+            target = self._sharing(process.pid) or Target(process, self._spaces.of_program(process))
+        except BaseException:
+            process.close()
+            raise
+        parent = next((each for each in self.members if each.process.pid == above), None)
+        member = Member(process, tgid, target, parent)
+        self.members.append(member)
+        return member
+
+    def _sharing(self, pid: Pid) -> Target | None:
+        """The address space that a process shares with members."""
+        for target in self.targets():
+            with suppress(OSError):
+                if same_memory(target.process.pid, pid):
+                    return target
+        return None
+
+    def depart(self, member: Member) -> None:
+        """It has ended."""
+        self.members.remove(member)
+        with suppress(TargetGone):
+            member.status = member.process.stat().exit_code  # while it is a zombie
+        self.departed.append(member)
+        if not self.of(member.target):
+            member.target.close()
+        self._forget(member)
+
+    def resettle(self, member: Member) -> None:
+        """A member runs a new program, or the one that it shared its address space with is gone."""
+        before = member.target
+        remains = before.holds(member.process)
+        if not before.lives():
+            before.close()  # nobody can be watched through it any more
+        if not (remains or self._follow or member is self.root):
+            self.members.remove(member)  # it was here only for what it shared
+            self._forget(member)
+            return
+        with suppress(TargetGone):
+            shared = self._sharing(member.process.pid)
+            space = before.space if remains else self._spaces.of_program(member.process)
+            member.target = shared or Target(member.process, space)
+
+
+class StoppedTree:
+    """All members in a ptrace stop, newcomers included, until ``release``."""
+
+    def __init__(self, tree: Tree) -> None:
+        self._tree = tree
+        self._held: dict[Member, StoppedProcess] = {}
+        self._strangers: list[StoppedProcess] = []
+        for member in tree.members:
+            with suppress(TargetGone):
+                self._held[member] = StoppedProcess(member.process)
+
+    def stop(self) -> None:
+        """Stop them. Raises what :class:`StoppedProcess` does; then all that was stopped is let go.
+
+        Processes that share an address space are stopped last: the parent of a ``vfork`` only stops
+        when its child has gone on.
+        """
+        sharing = {member for member in self._held if member.sharing}
+        for group in (self._held.keys() - sharing, sharing):
+            stop_all([self._held[member] for member in self._held if member in group])
+        for process, tgid in self._tree.strangers():
+            self._admit(process, tgid)
+        for member in list(self._tree.members):
+            if member not in self._held or not self._held[member].tracees:
+                self._tree.depart(member)
+        for member in list(self._tree.members):
+            if not member.settled:
+                if member is self._tree.root:
+                    raise ProgramChanged(f"process {member.process.pid} called execve")
+                self._tree.resettle(member)
+
+    def _admit(self, process: Process, tgid: int) -> None:
+        try:
+            held = StoppedProcess(process)
+            self._strangers.append(held)
+            stop_all([held])
+            self._held[self._tree.join(process, tgid)] = held
+        except TargetGone:
+            process.close()
+
+    def threads(self, member: Member) -> StoppedProcess:
+        """The threads of a member."""
+        return self._held[member]
+
+    def release(self) -> int:
+        """Let them all go; how many waits were given back."""
+        every = [*self._held.values(), *self._strangers]
+        for held in every:
+            held.release()
+        return sum(held.waits_given_back for held in every)

@@ -47,6 +47,10 @@ class TargetBusy(CrtraceError):
     exit_code = 13
 
 
+class AlreadyTraced(TargetBusy):
+    """A debugger or another tracer has it."""
+
+
 class ImageDamaged(CrtraceError):
     """Bytes of an image are not what was written, or lie."""
 

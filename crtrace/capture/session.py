@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -209,14 +209,18 @@ class Session:
 
     def _collect(self, work: Work, image: ImageWriter) -> None:
         for target in self._tree.targets():
-            part = work.parts[target.space]
-            if target.fresh and not part.rounds:
-                self._pipeline.wait_idle()
-                self._inherit(image, target)
-            self._collect_one(work, target, part)
+            try:
+                self._collect_one(work, image, target)
+            except TargetGone:
+                if target.lives():
+                    raise
         work.rounds += 1
 
-    def _collect_one(self, work: Work, target: Target, part: Part) -> None:
+    def _collect_one(self, work: Work, image: ImageWriter, target: Target) -> None:
+        part = work.parts[target.space]
+        if target.fresh and not part.rounds:
+            self._pipeline.wait_idle()
+            self._inherit(image, target)
         scan = target.armer.scan(target.map)
         part.found(scan.written)
         # What cannot be armed would have to be read again in the pause anyway.
@@ -253,7 +257,8 @@ class Session:
     def _mapped_objects(self, work: Work, full: bool) -> Iterator[list[MappedObject]]:
         """The objects that are mapped now; those that nobody writes are read right away."""
         for target in self._tree.targets():
-            target.map.refresh()
+            with suppress(TargetGone):
+                target.map.refresh()
         objects = self._find_objects()
         try:
             for each in objects:

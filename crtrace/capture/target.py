@@ -49,6 +49,8 @@ class Target:
         armer = choose(self.process, self.map)
         try:
             with signals_held(), StoppedProcess(self.process) as stopped:
+                if not self.lives():
+                    raise TargetGone(f"process {self.process.pid} runs a new program")
                 armer.arm(stopped)
         except BaseException:
             armer.close()

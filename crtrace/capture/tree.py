@@ -6,13 +6,14 @@ it, tree or not: what it writes is the target's memory, so it must stand still i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 
 from crtrace.capture.spaces import Spaces
 from crtrace.capture.target import Target
-from crtrace.errors import CrtraceError, TargetBusy, TargetGone
+from crtrace.errors import AlreadyTraced, CrtraceError, NotPermitted, TargetGone, UsageError
 from crtrace.image.records import Task
 from crtrace.linux.events import in_initial_pid_namespace
 from crtrace.linux.libc import same_memory
@@ -20,6 +21,8 @@ from crtrace.linux.procfs import Process, parents, refuse_unsuitable
 from crtrace.linux.ptrace import StoppedProcess, stop_all
 from crtrace.track.dirty import Counts, WrittenPages
 from crtrace.units import Pid
+
+log = logging.getLogger("crtrace")
 
 
 class ProgramChanged(TargetGone):
@@ -115,33 +118,47 @@ class Tree:
 
     def update(self) -> None:
         """Bring the members up to date: those that ended, began, or run another program."""
-        self.refused.clear()
+        refused, self.refused = list(self.refused), {}
         for member in list(self.members):
             if not member.process.alive():
                 self.depart(member)
-        for process, tgid in self.strangers():
-            with suppress(TargetGone):
-                self.join(process, tgid)
-        for member in list(self.members):
-            if not member.settled:
-                self.resettle(member)
+        for pid, tgid in self.strangers():
+            self.take_in(pid, tgid)
+        for pid in refused:
+            self._mark_and_arm(self.take_in(pid, 0))
+        self.settle()
         for member in self.members:
             if not member.tgid:
                 member.tgid = self._marks.resolve(member.process)
         for target in self.targets():
+            self._arm(target)
+
+    def _arm(self, target: Target) -> None:
+        """Arm it if it is not. Where that fails it is read whole in the pause; only the target
+        itself must not be like that without its user's knowing."""
+        try:
             if not target.armed:
-                with suppress(TargetGone, TargetBusy):  # it is read whole once more, then
-                    target.arm()
+                target.arm()
+        except (CrtraceError, OSError) as error:
+            if target is self.root.target and target.lives():
+                raise
+            log.debug("process %d could not be armed: %s", target.process.pid, error)
 
     def _add_relatives(self) -> None:
         """Add who is there already. A child made before its parent was marked is in the list that
         is read after that."""
-        while fresh := [process for pid in self._relatives() if (process := self._open(pid))]:
-            for process in fresh:
-                with suppress(TargetGone):
-                    member = self.join(process, self._marks.add(process, follow=self._follow))
-                    if not member.target.armed:
-                        member.target.arm()
+        tried: set[Pid] = set()
+        while fresh := set(found := self._relatives()) - tried:
+            tried |= fresh
+            for pid in found:
+                self._mark_and_arm(self.take_in(pid, 0))
+
+    def _mark_and_arm(self, member: Member | None) -> None:
+        """Begin with one that BPF does not follow by itself."""
+        with suppress(TargetGone):
+            if member:
+                member.tgid = self._marks.add(member.process, follow=self._follow)
+                self._arm(member.target)
 
     def _relatives(self) -> list[Pid]:
         """Who belongs to the tree by ``/proc`` and is no member: descendants, parents first, and
@@ -157,14 +174,13 @@ class Tree:
 
     # ---- also while they are stopped -----------------------------------------------------------
 
-    def strangers(self) -> Iterator[tuple[Process, int]]:
-        """Processes that are to become members, with their ``tgid``, until there are no more."""
+    def strangers(self) -> Iterator[tuple[Pid, int]]:
+        """Processes that are to be taken in, with their ``tgid``, until there are no more."""
         tried: set[Pid] = set()
         while fresh := [each for each in self._newcomers() if each[0] not in tried]:
-            for pid, tgid in fresh:
-                tried.add(pid)
-                if process := self._open(pid):
-                    yield process, tgid
+            for each in fresh:
+                tried.add(each[0])
+                yield each
 
     def _newcomers(self) -> list[tuple[Pid, int]]:
         """Processes that BPF has followed and that are no members yet, with their ``tgid``."""
@@ -175,29 +191,37 @@ class Tree:
             return [(pid, 0 if self._nested else int(pid)) for pid in self._relatives()]
         return [(Pid(tgid), tgid) for tgid in fresh]
 
-    def _open(self, pid: Pid) -> Process | None:
-        """A process that may become a member; None if it is gone or cannot be captured."""
+    def take_in(
+        self, pid: Pid, tgid: int, stop: Callable[[Process], None] = lambda process: None
+    ) -> Member | None:
+        """Make a process a member; its pages count as written until it is armed.
+
+        None if it is gone, or cannot be captured. ``stop`` is called first: what is at the edge of
+        an ``execve`` is looked at behind it then.
+        """
+        if any(each.process.pid == pid for each in self.members):
+            return None
         try:
             process = Process(pid)
         except TargetGone:
             return None
         try:
+            stop(process)
             refuse_unsuitable(process)
-        except CrtraceError as error:
+            return self._join(process, tgid)
+        except TargetGone:
             process.close()
-            if not isinstance(error, TargetGone):
-                self.refused[pid] = str(error)
-            return None
-        return process
-
-    def join(self, process: Process, tgid: int) -> Member:
-        """Make it a member; its pages count as written until it is armed. Raises ``TargetGone``."""
-        try:
-            above = process.stat().ppid
-            target = self._sharing(process.pid) or Target(process, self._spaces.of_program(process))
+        except (AlreadyTraced, NotPermitted, UsageError) as error:
+            process.close()
+            self.refused[pid] = str(error)
         except BaseException:
             process.close()
             raise
+        return None
+
+    def _join(self, process: Process, tgid: int) -> Member:
+        above = process.stat().ppid
+        target = self._sharing(process.pid) or Target(process, self._spaces.of_program(process))
         parent = next((each for each in self.members if each.process.pid == above), None)
         member = Member(process, tgid, target, parent)
         self.members.append(member)
@@ -207,7 +231,7 @@ class Tree:
         """The address space that a process shares with members."""
         for target in self.targets():
             with suppress(OSError):
-                if same_memory(target.process.pid, pid):
+                if target.process.pid != pid and same_memory(target.process.pid, pid):
                     return target
         return None
 
@@ -221,7 +245,13 @@ class Tree:
             member.target.close()
         self._forget(member)
 
-    def resettle(self, member: Member) -> None:
+    def settle(self) -> None:
+        """Give every member the address space that it runs in now."""
+        while moved := [member for member in self.members if not member.settled]:
+            for member in moved:
+                self._resettle(member)
+
+    def _resettle(self, member: Member) -> None:
         """A member runs a new program, or the one that it shared its address space with is gone."""
         before = member.target
         remains = before.holds(member.process)
@@ -231,10 +261,12 @@ class Tree:
             self.members.remove(member)  # it was here only for what it shared
             self._forget(member)
             return
-        with suppress(TargetGone):
+        try:
             shared = self._sharing(member.process.pid)
             space = before.space if remains else self._spaces.of_program(member.process)
             member.target = shared or Target(member.process, space)
+        except TargetGone:
+            self.depart(member)
 
 
 class StoppedTree:
@@ -243,7 +275,7 @@ class StoppedTree:
     def __init__(self, tree: Tree) -> None:
         self._tree = tree
         self._held: dict[Member, StoppedProcess] = {}
-        self._strangers: list[StoppedProcess] = []
+        self._strangers: dict[Pid, StoppedProcess] = {}
         for member in tree.members:
             with suppress(TargetGone):
                 self._held[member] = StoppedProcess(member.process)
@@ -257,25 +289,23 @@ class StoppedTree:
         sharing = {member for member in self._held if member.sharing}
         for group in (self._held.keys() - sharing, sharing):
             stop_all([self._held[member] for member in self._held if member in group])
-        for process, tgid in self._tree.strangers():
-            self._admit(process, tgid)
+        for pid, tgid in self._tree.strangers():
+            if member := self._tree.take_in(pid, tgid, self._stop_stranger):
+                self._held[member] = self._strangers.pop(pid)
         for member in list(self._tree.members):
             if member not in self._held or not self._held[member].tracees:
                 self._tree.depart(member)
-        for member in list(self._tree.members):
-            if not member.settled:
-                if member is self._tree.root:
-                    raise ProgramChanged(f"process {member.process.pid} called execve")
-                self._tree.resettle(member)
+        root = self._tree.root
+        if root in self._tree.members and not root.settled:
+            raise ProgramChanged(f"process {root.process.pid} called execve")
+        self._tree.settle()
 
-    def _admit(self, process: Process, tgid: int) -> None:
-        try:
-            held = StoppedProcess(process)
-            self._strangers.append(held)
-            stop_all([held])
-            self._held[self._tree.join(process, tgid)] = held
-        except TargetGone:
-            process.close()
+    def _stop_stranger(self, process: Process) -> None:
+        held = StoppedProcess(process)
+        self._strangers[process.pid] = held
+        stop_all([held])
+        if not held.tracees:
+            raise TargetGone(f"process {process.pid} has exited")
 
     def threads(self, member: Member) -> StoppedProcess:
         """The threads of a member."""
@@ -283,7 +313,7 @@ class StoppedTree:
 
     def release(self) -> int:
         """Let them all go; how many waits were given back."""
-        every = [*self._held.values(), *self._strangers]
+        every = [*self._held.values(), *self._strangers.values()]
         for held in every:
             held.release()
         return sum(held.waits_given_back for held in every)

@@ -94,6 +94,8 @@ def supported(fd: int, category: int = PRESENT) -> bool:
     )  # fmt: skip
     try:
         fcntl.ioctl(fd, _PAGEMAP_SCAN, arg)
+    except ProcessLookupError:
+        pass  # it is known; the process is gone
     except OSError:
         return False
     return True

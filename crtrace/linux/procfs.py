@@ -7,13 +7,14 @@ import os
 import re
 import select
 import struct
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from crtrace.errors import NotPermitted, TargetBusy, TargetGone, UsageError
+from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone, UsageError
 from crtrace.units import PAGE_SHIFT, Addr, Pid
 
 READ, WRITE, EXEC, SHARED = 1, 2, 4, 8
@@ -224,7 +225,8 @@ class Process:
 
     def explain(self, error: OSError, name: str) -> Exception:
         """The error to raise when ``/proc/PID/name`` could not be read."""
-        if error.errno == errno.ESRCH or (error.errno == errno.ENOENT and not self.alive()):
+        gone = self.dirfd < 0 or error.errno == errno.ESRCH
+        if gone or (error.errno == errno.ENOENT and not self.alive()):
             return TargetGone(f"process {self.pid} has exited")
         if error.errno in (errno.EACCES, errno.EPERM):
             return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")
@@ -314,19 +316,23 @@ def refuse_unsuitable(process: Process) -> None:
     if stat.state in "ZX":
         raise TargetGone(f"process {pid} ({stat.comm}) is a zombie: its memory is gone")
     tracer = int(process.status()["TracerPid"])
-    if tracer:
-        raise TargetBusy(
+    if tracer not in (0, os.getpid()):
+        raise AlreadyTraced(
             f"process {pid} ({stat.comm}) is already traced by process {tracer} "
             f"({comm_of(Pid(tracer))})",
             hint="end that debugger or tracer first",
         )
-    if elf_class(process) != 2:
+    if _is_32_bit(process):
         raise UsageError(f"process {pid} ({stat.comm}) is a 32-bit program: not supported")
 
 
-def elf_class(process: Process) -> int:
-    """1 for a 32-bit program, 2 for a 64-bit one, as its auxiliary vector was built."""
-    auxv = process.read("auxv")
+def _is_32_bit(process: Process) -> bool:
+    """By the auxiliary vector, which has nothing for a moment in the middle of an ``execve``."""
+    deadline = time.monotonic() + 1.0
+    while not any(auxv := process.read("auxv")):
+        if time.monotonic() > deadline:
+            raise TargetBusy(f"process {process.pid} is at the edge of an execve", hint="try again")
+        time.sleep(0.001)
     pairs = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16]))
     at_pagesz, at_phent = 6, 4
-    return 2 if pairs.get(at_pagesz) == 4096 and pairs.get(at_phent) in (56, None) else 1
+    return not (pairs.get(at_pagesz) == 4096 and pairs.get(at_phent) in (56, None))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-from crtrace.errors import NotPermitted, TargetBusy, TargetGone
+from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone
 from crtrace.linux.libc import ptrace
 from crtrace.linux.procfs import Process, comm_of, thread_status
 from crtrace.linux.registers import REGS_SIZE, Registers
@@ -208,7 +208,7 @@ def _explain_refusal(error: OSError, pid: Pid, tid: Pid) -> bool:
         return False
     tracer = int(status["TracerPid"])
     if tracer:
-        raise TargetBusy(
+        raise AlreadyTraced(
             f"process {pid} is already traced by process {tracer} ({comm_of(Pid(tracer))})",
             hint="end that debugger or tracer first",
         ) from error

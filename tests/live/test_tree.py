@@ -1,0 +1,286 @@
+"""A whole process tree in one pause: every process exact, and nothing stored twice."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from crtrace.units import PAGE_SIZE
+from tests.live.conftest import Spawn
+from tests.live.exactness import Judged, judged, reader
+from tests.live.harness import Untouched, status, tasks, wait_until
+from tests.live.runner import Watching, run, verified
+
+FAMILIES = ["fork 4 64", "threads 3 64 4", "tree 4 64", "vfork 3 64", "clonevm 64"]
+
+
+def pids_of(judge: Judged) -> set[int]:
+    with judge.epoch() as epoch:
+        return {view.task.pid for view in epoch.tasks if view.mm}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_is_there_already_is_captured_whole(
+    spawn: Spawn, tmp_path: Path, family: str
+) -> None:
+    target = spawn("spawner")
+    children = {child["pid"]: child for child in target.ask(family)}
+    before = [Untouched(pid) for pid in (target.pid, *children)]
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        for _ in range(3):
+            judge.take()
+            assert pids_of(judge) == {target.pid, *children}
+        assert judge.stats[1]["bpf_missed"] == 0
+        with judge.epoch() as epoch:
+            for view in epoch.tasks:
+                if view.task.pid in children:
+                    assert view.task.ppid == children[view.task.pid]["ppid"]
+                    assert view.parent == next(
+                        up.id for up in epoch.tasks if up.task.pid == view.task.ppid
+                    )
+    for untouched in before:
+        untouched.assert_same(ignore=["registers"])
+    target.terminate_and_check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_children_that_come_between_epochs_are_captured(
+    spawn: Spawn, tmp_path: Path, family: str
+) -> None:
+    target = spawn("spawner")
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        children = target.ask(family)
+        judge.take()
+        assert pids_of(judge) == {target.pid, *(child["pid"] for child in children)}
+        judge.take()
+        if family != "clonevm 64":
+            assert judge.stats[2]["bpf_missed"] == 0
+        assert target.command("reap").startswith("ok")
+        judge.take()
+        assert pids_of(judge) == {target.pid}
+    target.terminate_and_check()
+
+
+def test_a_child_is_stored_as_what_it_does_not_share(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("spawner")
+    inherited = target.info["pages"]
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        target.ask("fork 4 8")
+        judge.take()
+        stats = judge.stats[1]
+        assert stats["pages_inherited"] > 4 * (inherited - 8)
+        assert stats["bytes_raw"] < 4 * inherited * PAGE_SIZE / 2
+    target.terminate_and_check()
+
+
+def test_a_family_shares_already_in_the_first_image(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("spawner")
+    target.ask("fork 4 8")
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        assert judge.stats[0]["pages_inherited"] > 4 * (target.info["pages"] - 8)
+        with judge.epoch() as epoch:
+            assert reader(epoch)(target.info["inherited"], PAGE_SIZE) != bytes(PAGE_SIZE)
+    target.terminate_and_check()
+
+
+def test_one_that_shares_the_memory_stands_still_without_tree(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("spawner")
+    (early,) = target.ask("clonevm 32")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        assert judge.stats[0]["processes"] == 2
+        assert pids_of(judge) == {target.pid, early["pid"]}
+        with judge.epoch() as epoch:
+            assert len({view.mm.space for view in epoch.tasks if view.mm}) == 1
+        target.ask("fork 1 8")
+        target.ask("vfork 1 8")
+        judge.take()
+        assert judge.stats[1]["processes"] == 2
+        assert target.command("reap").startswith("ok")
+        judge.take()
+        assert judge.stats[2]["processes"] == 1
+        (late,) = target.ask("clonevm 32")
+        judge.take()
+        assert pids_of(judge) == {target.pid, late["pid"]}
+    target.terminate_and_check()
+
+
+@contextlib.contextmanager
+def shell(script: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A shell that takes lines on its standard input; it is gone after the block."""
+    with subprocess.Popen(
+        ["bash", "-c", script], stdin=subprocess.PIPE, start_new_session=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def go(process: subprocess.Popen[bytes]) -> None:
+    """Give a shell its next line."""
+    assert process.stdin
+    process.stdin.write(b"go\n")
+    process.stdin.flush()
+
+
+STORM = (
+    "trap 'on=0' TERM; on=1; while ((on)); do (a=$(printf %05000d $RANDOM); : $a) & /bin/true;"
+    " (exit 3) & cat /dev/null | cat; wait -n; done; wait; exit 7"
+)
+"""A shell whose children come and go all the time, some by fork alone, some by exec."""
+
+
+def test_a_storm_of_children_is_followed_and_left_alone(tmp_path: Path) -> None:
+    with shell(STORM) as storm:
+        seen: set[int] = set()
+        with judged(storm.pid, tmp_path / "chain", tree=True) as judge:
+            for _ in range(25):
+                judge.take()
+                seen |= pids_of(judge)
+            assert len(seen) > 5
+        storm.terminate()
+        assert storm.wait(30) == 7
+    assert len(verified(tmp_path / "chain")) == 25
+    ends = _ends(tmp_path / "chain")
+    assert ends
+    assert set(ends) <= seen
+
+
+def _ends(path: Path) -> dict[int, int]:
+    """The exit status of each process that has one, over all epochs."""
+    (listed,) = run("list", path, "--json").expect(0).events
+    found = {}
+    for row in listed["epochs"]:
+        (shown,) = run("show", path, "--epoch", row["epoch"], "--json").expect(0).events
+        for task in shown["tasks"]:
+            if task["state"] == "X":
+                assert task["space"] is None
+                found[task["pid"]] = task["exit_status"]
+    return found
+
+
+def await_event(watching: Watching, kind: str) -> dict[str, Any]:
+    """The next event of a kind; others are passed over."""
+    while (event := watching.event())["event"] != kind:
+        pass
+    return event
+
+
+def test_watch_tells_of_forks_and_ends_and_concludes(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("spawner")
+    path = tmp_path / "chain"
+    with Watching(target.pid, path, "--tree", "--interval", 0.2) as watching:
+        assert watching.event("checkpoint")["processes"] == 1
+        first, second = (child["pid"] for child in target.ask("fork 2 16"))
+        forks = [await_event(watching, "fork")["pid"] for _ in range(2)]
+        assert forks == sorted([first, second])
+        os.kill(first, signal.SIGKILL)
+        event = await_event(watching, "exit")
+        assert (event["pid"], event["status"]) == (first, -signal.SIGKILL)
+        await_event(watching, "checkpoint")
+        os.kill(target.pid, signal.SIGKILL)  # its children die of that, too
+        result = watching.wait().expect(0)
+    assert {event["pid"] for event in result.of("exit")} == {target.pid, first, second}
+    assert result.of("checkpoint")[-1]["reason"] == "exit"
+    verified(path)
+    assert _ends(path)[first] == signal.SIGKILL
+    assert _ends(path)[target.pid] == signal.SIGKILL
+    run("export", path, "--format", "core", "-o", tmp_path / "core").expect(1, "had ended")
+    run("export", path, "--epoch", -2, "--pid", second, "-o", tmp_path / "core").expect(0)
+
+
+def test_what_outlives_the_target_is_followed_on(tmp_path: Path) -> None:
+    script = "read -r line; (read -r line; exit 4) <&0 & exit 3"
+    with shell(script) as parent:
+        with Watching(parent.pid, tmp_path / "chain", "--tree", "--interval", 0.1) as watching:
+            watching.event("checkpoint")
+            go(parent)
+            await_event(watching, "exit")
+            await_event(watching, "checkpoint")
+            go(parent)
+            result = watching.wait().expect(0)
+        assert parent.wait() == 3
+    exits = {event["pid"]: event["status"] for event in result.of("exit")}
+    assert exits[parent.pid] == 3
+    assert sorted(exits.values()) == [3, 4]
+    assert _ends(tmp_path / "chain")[parent.pid] == 3 << 8
+
+
+def _family_untraced(pids: list[int]) -> bool:
+    return all(status(p, t)["TracerPid"] == "0" for p in pids for t in tasks(p))
+
+
+def test_a_whole_tree_goes_on_when_crtrace_is_killed(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("spawner")
+    pids = [target.pid, *(child["pid"] for child in target.ask("threads 6 32 8"))]
+    before = [Untouched(pid) for pid in pids]
+    for at in range(6):
+        with Watching(target.pid, tmp_path / "chain", "--tree", "--interval", 0) as watching:
+            time.sleep(0.4 + 0.1 * at)
+            os.kill(watching.pid, signal.SIGKILL)
+        wait_until(lambda: _family_untraced(pids), "the kernel lets the tree go")
+        for untouched in before:
+            untouched.assert_same(ignore=["registers"], patience=5.0)
+    target.terminate_and_check()
+
+
+def test_a_traced_descendant_is_left_out_aloud(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("spawner")
+    traced, free = (child["pid"] for child in target.ask("fork 2 16"))
+    with _traced(traced), judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        assert pids_of(judge) == {target.pid, free}
+        assert [str(traced) in limit for limit in judge.stats[0]["limits"]] == [True]
+    (shown,) = run("show", tmp_path / "chain", "--json").expect(0).events
+    assert shown["stats"]["limits"] == judge.stats[0]["limits"]
+    target.terminate_and_check()
+
+
+@contextlib.contextmanager
+def _traced(pid: int) -> Iterator[None]:
+    """Another tracer holds a process."""
+    code = (
+        "import ctypes, sys, time; libc = ctypes.CDLL(None);"
+        "libc.ptrace(0x4206, int(sys.argv[1]), 0, 0); print('held', flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(pid)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as tracer:
+        assert tracer.stdout
+        assert tracer.stdout.readline() == b"held\n"
+        yield
+        tracer.kill()
+
+
+def test_a_member_that_execs_is_a_new_program(spawn: Spawn, tmp_path: Path) -> None:
+    script = "exec 3<&0; (read -r line <&3; exec sleep 60) & wait"
+    with shell(script) as parent:
+        with judged(parent.pid, tmp_path / "chain", tree=True) as judge:
+            judge.take()
+            child = max(pids_of(judge))
+            assert len(pids_of(judge)) == 2
+            go(parent)
+            wait_until(
+                lambda: Path(f"/proc/{child}/comm").read_text() == "sleep\n", "it is sleep now"
+            )
+            judge.take()
+            judge.take()
+            with judge.epoch() as epoch:
+                view = next(view for view in epoch.tasks if view.task.pid == child)
+                assert view.task.comm == "sleep"
+                assert not epoch.header.full
+        os.kill(child, signal.SIGTERM)
+        parent.wait(10)

@@ -151,7 +151,7 @@ def test_a_storm_of_children_is_followed_and_left_alone(tmp_path: Path) -> None:
             for _ in range(25):
                 judge.take()
                 seen |= pids_of(judge)
-            assert len(seen) > 5
+            assert len(seen) > 1
         storm.terminate()
         assert storm.wait(30) == 7
     assert len(verified(tmp_path / "chain")) == 25

@@ -28,8 +28,8 @@ from crtrace.linux.events import open_accounting
 from crtrace.linux.files import FileFacts
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
+from crtrace.track.armer import EVERYTHING
 from crtrace.track.dirty import WrittenPages
-from crtrace.track.userfaultfd import EVERYTHING
 from crtrace.units import (
     CHUNK_PAGES,
     U64,

@@ -9,7 +9,7 @@ from crtrace.errors import TargetGone
 from crtrace.image.tables import VmaFlag
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
-from crtrace.linux.pagemap import Scanner
+from crtrace.linux.pagemap import scanner
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.track.armer import Armer
@@ -38,7 +38,7 @@ class Target:
         self.reader = MemoryReader(process)
         try:
             self._pagemap = process.open("pagemap")
-            self.scanner = Scanner(self._pagemap)
+            self.scanner = scanner(self._pagemap, self.map)
             self._landmark = _landmark(process)
         except BaseException:
             self.close()

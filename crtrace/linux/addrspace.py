@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from crtrace.linux.procfs import Process, Vma, parse_maps
+from crtrace.linux.procfs import Process, Vma, empty_vmas, parse_maps
 from crtrace.units import U64, no_pages
 
 
@@ -31,6 +31,13 @@ class AddressSpace:
         """The page ranges of the VMAs that ``wanted`` accepts."""
         found = [(vma.first_page, vma.end_page) for vma in self.vmas if wanted(vma)]
         return np.array(found, dtype=np.uint64) if found else no_pages()
+
+    def empty(self) -> U64:
+        """The page ranges of the VMAs without a page in memory or swapped out, as of now.
+
+        It takes the kernel time in proportion to all memory that is in use.
+        """
+        return empty_vmas(self._process.read("smaps"))
 
     def touching(self, ranges: U64) -> list[Vma]:
         """The VMAs that hold a page of the range array, each once."""

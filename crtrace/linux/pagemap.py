@@ -1,18 +1,24 @@
-"""``PAGEMAP_SCAN``: which pages of a process have contents, which were written, and arm them again.
+"""Which pages of a process have contents, which were written, and arm them again.
 
-Linux 6.7 and later. Categories and flags are those of ``include/uapi/linux/fs.h``.
+``PAGEMAP_SCAN`` answers it from Linux 6.7 on: categories and flags are those of its
+``include/uapi/linux/fs.h``. What it says of contents, though not of writes, can also be read out of
+``/proc/PID/pagemap`` word by word, as older kernels need it.
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
+import os
 import struct
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
 from crtrace.errors import TargetGone
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bools, intersect, merge, no_pages, subtract
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range(6))
 GUARD = 1 << 8
@@ -47,8 +53,28 @@ NOTHING_THERE = Filter(inverted=PRESENT, any_of=PRESENT | PFNZERO)
 """Pages that are not present, or are the zero page. Swapped-out ones among them say so."""
 
 
-class Scanner:
-    """Scans one process through its open pagemap. ``vector`` is touched when made, not in use."""
+OWN = Filter(exclude=FILE | PFNZERO)
+"""Pages with contents of their own. The kernel takes ten times as long for these, see above."""
+
+
+class Scanner(Protocol):
+    """Tells which pages of one process match a filter."""
+
+    def scan(self, want: Filter, *, start: int = 0, end: int = TASK_END) -> tuple[U64, U64]:
+        """Page ranges that match, and the categories of each.
+
+        Returns an ``(n, 2)`` array of half-open page ranges and ``(n,)`` categories. ``start`` and
+        ``end`` are byte addresses. Raises ``TargetGone``.
+        """
+
+
+def scanner(fd: int, space: AddressSpace) -> Scanner:
+    """The best scanner that works for a process, given its open pagemap."""
+    return KernelScanner(fd) if supported(fd) else PlainScanner(fd, space)
+
+
+class KernelScanner:
+    """``PAGEMAP_SCAN``, which can also arm. ``vector`` is touched when made, not in use."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
@@ -57,12 +83,10 @@ class Scanner:
     def scan(
         self, want: Filter, *, arm: bool = False, start: int = 0, end: int = TASK_END
     ) -> tuple[U64, U64]:
-        """Page ranges that match, and the categories of each.
+        """See :class:`Scanner`.
 
-        Returns an ``(n, 2)`` array of half-open page ranges and ``(n,)`` categories. With ``arm``,
-        each reported page that was written is write-protected in the same step, and pages outside
-        write-protect VMAs are passed over in silence (so ask for those apart). ``start`` and
-        ``end`` are byte addresses. Raises ``TargetGone``.
+        With ``arm``, each reported page that was written is write-protected in the same step, and
+        pages outside write-protect VMAs are passed over in silence (so ask for those apart).
         """
         mask = want.need | want.exclude
         parts = []
@@ -99,3 +123,90 @@ def supported(fd: int, category: int = PRESENT) -> bool:
     except OSError:
         return False
     return True
+
+
+_IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61))
+"""Categories, and the bits of a word of ``/proc/PID/pagemap`` that tell them."""
+_FRAME = np.uint64((1 << 55) - 1)
+_BLOCK = 1 << 18
+"""Pages looked at in one step: 1 GiB of them, described by 2 MiB."""
+
+
+class PlainScanner:
+    """Reads the words of ``/proc/PID/pagemap``: PRESENT, SWAPPED, FILE and PFNZERO of the VMAs in
+    ``space`` as last refreshed.
+
+    Larger VMAs are passed over if ``smaps`` says that they are empty; else a TiB takes a second.
+    Without CAP_SYS_ADMIN the zero page is not told from others: contents that are zeros.
+    """
+
+    def __init__(self, fd: int, space: AddressSpace) -> None:
+        self.fd = fd
+        self._space = space
+        self._zero = _zero_frame()
+
+    def scan(self, want: Filter, *, start: int = 0, end: int = TASK_END) -> tuple[U64, U64]:
+        """See :class:`Scanner`. ``want`` can only speak of the four categories."""
+        if (want.need | want.exclude | want.any_of) & ~(PRESENT | SWAPPED | FILE | PFNZERO):
+            raise ValueError("pagemap does not tell that")
+        window = np.array([[start >> PAGE_SHIFT, end >> PAGE_SHIFT]], dtype=np.uint64)
+        mapped = intersect(merge(self._space.ranges(lambda vma: True)), window)
+        found = [(no_pages(), np.empty(0, dtype=np.uint64))]
+        if (mapped[:, 1] - mapped[:, 0] > _BLOCK).any():
+            empty = intersect(mapped, self._space.empty())
+            mapped = subtract(mapped, empty)
+            nothing = np.zeros(len(empty), dtype=np.uint64)
+            matching = _matches(nothing, want)
+            found.append((empty[matching], nothing[matching]))
+        for first, last in mapped.tolist():
+            for at in range(first, last, _BLOCK):
+                found.append(_runs(at, self._categories(at, min(at + _BLOCK, last)), want))
+        ranges, categories = (np.concatenate(column) for column in zip(*found, strict=True))
+        order = np.argsort(ranges[:, 0])
+        return ranges[order], categories[order]
+
+    def _categories(self, first: int, end: int) -> U64:
+        """The categories of each of the pages ``[first, end)``."""
+        try:
+            raw = os.pread(self.fd, 8 * (end - first), 8 * first)
+        except ProcessLookupError as error:
+            raise TargetGone("the address space that was scanned is gone") from error
+        if not raw:
+            raise TargetGone("the address space that was scanned is gone")
+        words = np.frombuffer(raw, dtype=np.uint64)
+        found = np.zeros(len(words), dtype=np.uint64)
+        for category, bit in _IN_WORD:
+            found |= (words >> np.uint64(bit) & np.uint64(1)) * np.uint64(category)
+        if self._zero:
+            zero = (found & np.uint64(PRESENT) != 0) & (words & _FRAME == self._zero)
+            found[zero] |= np.uint64(PFNZERO)
+        return found
+
+
+def _matches(categories: U64, want: Filter) -> Bools:
+    """As ``PAGEMAP_SCAN`` decides it."""
+    seen = categories ^ np.uint64(want.exclude | want.inverted)
+    mask = np.uint64(want.need | want.exclude)
+    matching: Bools = (seen & mask == mask) & (seen & np.uint64(want.any_of) != 0)
+    return matching
+
+
+def _runs(first: int, categories: U64, want: Filter) -> tuple[U64, U64]:
+    """Ranges of matching pages with equal categories; page ``first`` is the first of all."""
+    reported = categories & np.uint64(REPORTED)
+    matching = _matches(categories, want)
+    differs = (reported[1:] != reported[:-1]) | (matching[1:] != matching[:-1])
+    edges = np.concatenate(([0], np.flatnonzero(differs) + 1, [len(categories)])).astype(np.uint64)
+    runs = np.stack((edges[:-1], edges[1:]), axis=1)[matching[edges[:-1]]]
+    return runs + np.uint64(first), reported[runs[:, 0]]
+
+
+def _zero_frame() -> np.uint64:
+    """The frame of the page that all memory reads from which was never written; 0 if unknown."""
+    memory = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    page = np.frombuffer(memory, dtype=np.uint8)
+    page.max()  # brings it into the page table
+    with open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        word = os.pread(pagemap.fileno(), 8, page.ctypes.data >> PAGE_SHIFT << 3)
+    frame: np.uint64 = np.frombuffer(word, dtype=np.uint64)[0] & _FRAME
+    return frame

@@ -14,8 +14,10 @@ from functools import cached_property
 from types import TracebackType
 from typing import NamedTuple, Self
 
+import numpy as np
+
 from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone, UsageError
-from crtrace.units import PAGE_SHIFT, Addr, Pid
+from crtrace.units import PAGE_SHIFT, U64, Addr, Pid, no_pages
 
 READ, WRITE, EXEC, SHARED = 1, 2, 4, 8
 
@@ -89,6 +91,21 @@ def parse_maps(raw: bytes) -> list[Vma]:
             )
         )
     return vmas
+
+
+_IN_USE = re.compile(rb"^(?:Rss|Swap|Private_Hugetlb|Shared_Hugetlb): +[1-9]", re.M)
+
+
+def empty_vmas(raw: bytes) -> U64:
+    """The page ranges of the VMAs in ``/proc/PID/smaps`` that have no page anywhere."""
+    heads = list(_MAPS_LINE.finditer(raw))
+    ends = [head.start() for head in heads[1:]] + [len(raw)]
+    spans = [
+        (int(head[1], 16) >> PAGE_SHIFT, int(head[2], 16) >> PAGE_SHIFT)
+        for head, end in zip(heads, ends, strict=True)
+        if not _IN_USE.search(raw, head.end(), end)
+    ]
+    return np.array(spans, dtype=np.uint64) if spans else no_pages()
 
 
 class Stat(NamedTuple):

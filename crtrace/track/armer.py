@@ -5,9 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.pagemap import TASK_END
 from crtrace.linux.ptrace import StoppedProcess
-from crtrace.units import U64
+from crtrace.units import PAGE_SHIFT, U64
+
+EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
+"""All pages that a process could have: a range array."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,8 @@
-"""TEMPORARY until merged."""
+"""The armer that works on every kernel: it arms nothing, and takes every page for written.
+
+All contents are then read in the pause, which therefore grows with the size of the target. What
+did not change is found by its hash and not stored again.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +10,42 @@ import os
 
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
-from crtrace.linux.pagemap import Scanner
+from crtrace.linux.pagemap import Filter
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess
-from crtrace.track.armer import Scan
-from crtrace.track.userfaultfd import EVERYTHING
-from crtrace.units import U64, merge, no_pages, subtract
+from crtrace.track.armer import EVERYTHING, Scan
+from crtrace.units import U64, intersect, merge, subtract
 
 
 class CompareArmer:
+    """Notices nothing of one process. The target is never touched."""
+
     name = "compare"
     heals = True
     ldt = b""
 
     def __init__(self, process: Process, space: AddressSpace) -> None:
+        self._space = space
         self._pagemap = process.open("pagemap")
-        self._scanner = Scanner(self._pagemap)
-        self._own = pagemap.Filter(exclude=pagemap.FILE | pagemap.PFNZERO)
+        self._scanner = pagemap.scanner(self._pagemap, space)
+        guard = pagemap.GUARD if pagemap.supported(self._pagemap, pagemap.GUARD) else 0
+        self._own = Filter(exclude=pagemap.OWN.exclude | guard)
 
     def arm(self, stopped: StoppedProcess) -> None:
-        pass
+        """See :class:`crtrace.track.armer.Armer`."""
 
     def scan(self, space: AddressSpace) -> Scan:
-        own = self.everything()
-        mapped = merge(space.ranges(lambda vma: not vma.shared))
-        own2 = subtract(own, subtract(EVERYTHING, mapped))
-        return Scan(own2, subtract(EVERYTHING, own2), no_pages())
+        """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
+        own = intersect(self.everything(), space.ranges(lambda vma: not vma.shared))
+        return Scan(own, subtract(EVERYTHING, own), own)
 
     def everything(self) -> U64:
+        """See :class:`crtrace.track.armer.Armer`."""
         ranges, _ = self._scanner.scan(self._own)
         return merge(ranges)
 
     def close(self) -> None:
+        """See :class:`crtrace.track.armer.Armer`."""
         if self._pagemap >= 0:
             os.close(self._pagemap)
             self._pagemap = -1

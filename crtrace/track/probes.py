@@ -10,18 +10,15 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
-
 from crtrace.errors import CrtraceError
-from crtrace.linux import pagemap, uffd
 from crtrace.linux.events import open_accounting, open_events
-from crtrace.linux.libc import syscall
 from crtrace.linux.privileges import missing_capabilities
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess
 from crtrace.track.headers import find_headers
 from crtrace.track.loader import Loading
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, Pid
+from crtrace.track.userfaultfd import try_on_ourselves
+from crtrace.units import PAGE_SIZE, Pid
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,32 +70,13 @@ def _write_protection() -> Probe:
     ok, found = _tried(_arm_ourselves)
     return Probe(
         "userfaultfd write protection", ok, found,
-        "written pages cannot be told from others", "Linux 6.7 or later, with CONFIG_USERFAULTFD",
+        "watch reads all memory in each pause and compares it, so the pause grows with the target",
+        "Linux 6.7 or later, with CONFIG_USERFAULTFD", required=False,
     )  # fmt: skip
 
 
 def _arm_ourselves() -> str:
-    """Map, write, arm, write again and see whether exactly the second write is noticed."""
-    memory = mmap.mmap(-1, 4 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory[:] = b"x" * len(memory)
-    view = np.frombuffer(memory, dtype=np.uint8)
-    start = view.ctypes.data
-    fd = syscall(uffd.SYS_USERFAULTFD, uffd.CREATE_FLAGS)
-    ours = os.open("/proc/self/pagemap", os.O_RDONLY)
-    try:
-        uffd.enable(fd)
-        if error := uffd.register(fd, start, start + len(memory)):
-            raise OSError(error, os.strerror(error))
-        scanner = pagemap.Scanner(ours)
-        want = pagemap.Filter(need=pagemap.WRITTEN)
-        scanner.scan(want, arm=True, start=start, end=start + len(memory))
-        memory[2 * PAGE_SIZE] = 0
-        ranges, _ = scanner.scan(want, start=start, end=start + len(memory))
-    finally:
-        os.close(fd)
-        os.close(ours)
-    if (ranges - np.uint64(start >> PAGE_SHIFT)).tolist() != [[2, 3]]:
-        raise OSError("a write to an armed page was not reported as it should be")
+    try_on_ourselves()
     return "armed, written and seen"
 
 

@@ -8,6 +8,7 @@ memory costs nothing however large it is.
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 
 import numpy as np
@@ -16,14 +17,14 @@ from crtrace.errors import FeatureMissing, TargetBusy
 from crtrace.linux import pagemap, uffd
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
-from crtrace.linux.pagemap import Filter, Scanner
+from crtrace.linux.libc import syscall
+from crtrace.linux.pagemap import Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.ptrace import StoppedProcess
-from crtrace.track.armer import Scan
-from crtrace.units import PAGE_SHIFT, U64, intersect, merge, no_pages, subtract
+from crtrace.track.armer import EVERYTHING, Scan
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
 
 SMALL_GAP = 64  # pages
-EVERYTHING = np.array([[0, pagemap.TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
 
 
 def _private_file(vma: Vma) -> bool:
@@ -37,6 +38,34 @@ def _coalesced(ranges: U64) -> U64:
     far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > SMALL_GAP) + 1
     starts, ends = np.concatenate(([0], far)), np.concatenate((far, [len(ranges)])) - 1
     return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
+
+
+def try_on_ourselves() -> None:
+    """Map, write, arm, write again and see whether exactly the second write is noticed.
+
+    Raises ``OSError`` or ``FeatureMissing`` where this way of arming does not work.
+    """
+    memory = mmap.mmap(-1, 4 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"x" * len(memory)
+    start = np.frombuffer(memory, dtype=np.uint8).ctypes.data
+    ours = os.open("/proc/self/pagemap", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fd = syscall(uffd.SYS_USERFAULTFD, uffd.CREATE_FLAGS)
+        try:
+            uffd.enable(fd)
+            if error := uffd.register(fd, start, start + len(memory)):
+                raise OSError(error, os.strerror(error))
+            scanner = KernelScanner(ours)
+            want = Filter(need=pagemap.WRITTEN)
+            scanner.scan(want, arm=True, start=start, end=start + len(memory))
+            memory[2 * PAGE_SIZE] = 0
+            ranges, _ = scanner.scan(want, start=start, end=start + len(memory))
+        finally:
+            os.close(fd)
+    finally:
+        os.close(ours)
+    if (ranges - np.uint64(start >> PAGE_SHIFT)).tolist() != [[2, 3]]:
+        raise OSError("a write to an armed page was not reported as it should be")
 
 
 class UserfaultfdArmer:
@@ -55,11 +84,10 @@ class UserfaultfdArmer:
             raise FeatureMissing(
                 "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 or later is needed"
             )
-        self._scanner = Scanner(self._pagemap)
+        self._scanner = KernelScanner(self._pagemap)
         guard = pagemap.GUARD if pagemap.supported(self._pagemap, pagemap.GUARD) else 0
         self._unarmed = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.WPALLOWED | guard)
         self._written = Filter(need=pagemap.WRITTEN, exclude=guard | pagemap.PFNZERO)
-        self._own = Filter(exclude=pagemap.FILE | pagemap.PFNZERO)
         self._refused: set[Vma] = set()
         self.ldt = b""
         space.refresh()
@@ -106,7 +134,7 @@ class UserfaultfdArmer:
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
-        ranges, _ = self._scanner.scan(self._own)
+        ranges, _ = self._scanner.scan(pagemap.OWN)
         return merge(ranges)
 
     def _register(self, space: AddressSpace, fresh: U64) -> U64:
@@ -147,7 +175,7 @@ class UserfaultfdArmer:
         own = [no_pages()]
         for start, end in _coalesced(files).tolist():
             ranges, _ = self._scanner.scan(
-                self._own, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT
+                pagemap.OWN, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT
             )
             own.append(ranges)
         return subtract(files, merge(*own))

@@ -18,11 +18,11 @@ import numpy as np
 
 from crtrace.errors import TargetGone
 from crtrace.linux.addrspace import AddressSpace
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bools, intersect, merge, no_pages, subtract
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range(6))
 GUARD = 1 << 8
-"""Guard regions report themselves from Linux 6.15 on; older kernels refuse the bit."""
+"""Guard regions tell of themselves from Linux 6.15 on; before, nothing that excludes them does."""
 
 REPORTED = WPALLOWED | WRITTEN | PRESENT | SWAPPED
 """Categories in the answer. Not FILE: to tell it, the kernel looks at every page's own descriptor,
@@ -53,7 +53,7 @@ NOTHING_THERE = Filter(inverted=PRESENT, any_of=PRESENT | PFNZERO)
 """Pages that are not present, or are the zero page. Swapped-out ones among them say so."""
 
 
-OWN = Filter(exclude=FILE | PFNZERO)
+OWN = Filter(exclude=FILE | PFNZERO | GUARD)
 """Pages with contents of their own. The kernel takes ten times as long for these, see above."""
 
 
@@ -78,6 +78,7 @@ class KernelScanner:
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self._known = ~0 if supported(fd, GUARD) else ~GUARD
         self._vector = np.zeros((_VECTOR, 3), dtype=np.uint64)
 
     def scan(
@@ -88,13 +89,13 @@ class KernelScanner:
         With ``arm``, each reported page that was written is write-protected in the same step, and
         pages outside write-protect VMAs are passed over in silence (so ask for those apart).
         """
-        mask = want.need | want.exclude
+        exclude = want.exclude & self._known
         parts = []
         while start < end:
             arg = bytearray(
                 _ARG.pack(
                     _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector.ctypes.data,
-                    _VECTOR, 0, want.exclude | want.inverted, mask, want.any_of,
+                    _VECTOR, 0, exclude | want.inverted, want.need | exclude, want.any_of,
                     REPORTED,
                 )
             )  # fmt: skip
@@ -125,7 +126,7 @@ def supported(fd: int, category: int = PRESENT) -> bool:
     return True
 
 
-_IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61))
+_IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61), (GUARD, 58))
 """Categories, and the bits of a word of ``/proc/PID/pagemap`` that tell them."""
 _FRAME = np.uint64((1 << 55) - 1)
 _BLOCK = 1 << 18
@@ -133,7 +134,7 @@ _BLOCK = 1 << 18
 
 
 class PlainScanner:
-    """Reads the words of ``/proc/PID/pagemap``: PRESENT, SWAPPED, FILE and PFNZERO of the VMAs in
+    """Reads the words of ``/proc/PID/pagemap``: all but WPALLOWED and WRITTEN, of the VMAs in
     ``space`` as last refreshed.
 
     Larger VMAs are passed over if ``smaps`` says that they are empty; else a TiB takes a second.
@@ -146,34 +147,40 @@ class PlainScanner:
         self._zero = _zero_frame()
 
     def scan(self, want: Filter, *, start: int = 0, end: int = TASK_END) -> tuple[U64, U64]:
-        """See :class:`Scanner`. ``want`` can only speak of the four categories."""
-        if (want.need | want.exclude | want.any_of) & ~(PRESENT | SWAPPED | FILE | PFNZERO):
+        """See :class:`Scanner`. ``ValueError`` if ``want`` speaks of writes."""
+        if (want.need | want.exclude | want.any_of) & (WPALLOWED | WRITTEN):
             raise ValueError("pagemap does not tell that")
         window = np.array([[start >> PAGE_SHIFT, end >> PAGE_SHIFT]], dtype=np.uint64)
         mapped = intersect(merge(self._space.ranges(lambda vma: True)), window)
         found = [(no_pages(), np.empty(0, dtype=np.uint64))]
+        empty = no_pages()
         if (mapped[:, 1] - mapped[:, 0] > _BLOCK).any():
             empty = intersect(mapped, self._space.empty())
-            mapped = subtract(mapped, empty)
-            nothing = np.zeros(len(empty), dtype=np.uint64)
-            matching = _matches(nothing, want)
-            found.append((empty[matching], nothing[matching]))
-        for first, last in mapped.tolist():
+        blank = [empty]
+        for first, last in subtract(mapped, empty).tolist():
             for at in range(first, last, _BLOCK):
-                found.append(_runs(at, self._categories(at, min(at + _BLOCK, last)), want))
+                words = self._words(at, min(at + _BLOCK, last))
+                if int(words.max()) >> 58:  # the bits below tell nothing that is asked
+                    found.append(_runs(at, self._categories(words), want))
+                else:
+                    blank.append(np.array([[at, at + len(words)]], dtype=np.uint64))
+        nothing = merge(*blank)
+        found.append(_matching(nothing, np.zeros(len(nothing), dtype=np.uint64), want))
         ranges, categories = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(ranges[:, 0])
         return ranges[order], categories[order]
 
-    def _categories(self, first: int, end: int) -> U64:
-        """The categories of each of the pages ``[first, end)``."""
+    def _words(self, first: int, end: int) -> U64:
+        """What ``/proc/PID/pagemap`` has for each of the pages ``[first, end)``."""
         try:
             raw = os.pread(self.fd, 8 * (end - first), 8 * first)
         except ProcessLookupError as error:
             raise TargetGone("the address space that was scanned is gone") from error
         if not raw:
             raise TargetGone("the address space that was scanned is gone")
-        words = np.frombuffer(raw, dtype=np.uint64)
+        return np.frombuffer(raw, dtype=np.uint64)
+
+    def _categories(self, words: U64) -> U64:
         found = np.zeros(len(words), dtype=np.uint64)
         for category, bit in _IN_WORD:
             found |= (words >> np.uint64(bit) & np.uint64(1)) * np.uint64(category)
@@ -183,22 +190,20 @@ class PlainScanner:
         return found
 
 
-def _matches(categories: U64, want: Filter) -> Bools:
-    """As ``PAGEMAP_SCAN`` decides it."""
-    seen = categories ^ np.uint64(want.exclude | want.inverted)
-    mask = np.uint64(want.need | want.exclude)
-    matching: Bools = (seen & mask == mask) & (seen & np.uint64(want.any_of) != 0)
-    return matching
-
-
 def _runs(first: int, categories: U64, want: Filter) -> tuple[U64, U64]:
     """Ranges of matching pages with equal categories; page ``first`` is the first of all."""
-    reported = categories & np.uint64(REPORTED)
-    matching = _matches(categories, want)
-    differs = (reported[1:] != reported[:-1]) | (matching[1:] != matching[:-1])
-    edges = np.concatenate(([0], np.flatnonzero(differs) + 1, [len(categories)])).astype(np.uint64)
-    runs = np.stack((edges[:-1], edges[1:]), axis=1)[matching[edges[:-1]]]
-    return runs + np.uint64(first), reported[runs[:, 0]]
+    inner = np.flatnonzero(categories[1:] != categories[:-1]) + 1
+    edges = np.concatenate(([0], inner, [len(categories)])).astype(np.uint64)
+    runs = np.stack((edges[:-1], edges[1:]), axis=1)
+    return _matching(runs + np.uint64(first), categories[edges[:-1]], want)
+
+
+def _matching(ranges: U64, categories: U64, want: Filter) -> tuple[U64, U64]:
+    """The ranges that ``want`` asks for, decided as ``PAGEMAP_SCAN`` does."""
+    seen = categories ^ np.uint64(want.exclude | want.inverted)
+    mask = np.uint64(want.need | want.exclude)
+    matching = (seen & mask == mask) & (seen & np.uint64(want.any_of) != 0)
+    return ranges[matching], categories[matching] & np.uint64(REPORTED)
 
 
 def _zero_frame() -> np.uint64:

@@ -10,7 +10,6 @@ import os
 
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
-from crtrace.linux.pagemap import Filter
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess
 from crtrace.track.armer import EVERYTHING, Scan
@@ -28,8 +27,6 @@ class CompareArmer:
         self._space = space
         self._pagemap = process.open("pagemap")
         self._scanner = pagemap.scanner(self._pagemap, space)
-        guard = pagemap.GUARD if pagemap.supported(self._pagemap, pagemap.GUARD) else 0
-        self._own = Filter(exclude=pagemap.OWN.exclude | guard)
 
     def arm(self, stopped: StoppedProcess) -> None:
         """See :class:`crtrace.track.armer.Armer`."""
@@ -41,7 +38,7 @@ class CompareArmer:
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
-        ranges, _ = self._scanner.scan(self._own)
+        ranges, _ = self._scanner.scan(pagemap.OWN)
         return merge(ranges)
 
     def close(self) -> None:

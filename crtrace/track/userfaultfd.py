@@ -25,6 +25,8 @@ from crtrace.track.armer import EVERYTHING, Scan
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
 
 SMALL_GAP = 64  # pages
+UNPROTECTED = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.GUARD | pagemap.WPALLOWED)
+WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
 
 
 def _private_file(vma: Vma) -> bool:
@@ -85,9 +87,6 @@ class UserfaultfdArmer:
                 "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 or later is needed"
             )
         self._scanner = KernelScanner(self._pagemap)
-        guard = pagemap.GUARD if pagemap.supported(self._pagemap, pagemap.GUARD) else 0
-        self._unarmed = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.WPALLOWED | guard)
-        self._written = Filter(need=pagemap.WRITTEN, exclude=guard | pagemap.PFNZERO)
         self._refused: set[Vma] = set()
         self.ldt = b""
         space.refresh()
@@ -123,9 +122,9 @@ class UserfaultfdArmer:
 
     def scan(self, space: AddressSpace) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
-        fresh, _ = self._scanner.scan(self._unarmed)
+        fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._register(space, fresh) if len(fresh) else fresh
-        written, _ = self._scanner.scan(self._written, arm=True)
+        written, _ = self._scanner.scan(WRITTEN, arm=True)
         absent, markers = self._not_present_ranges(space)
         of_files = self._of_files(space)
         mapped = merge(space.ranges(lambda vma: not vma.shared))

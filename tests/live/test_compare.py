@@ -1,0 +1,140 @@
+"""Where writes cannot be noticed, contents are compared; and where there is no PAGEMAP_SCAN, the
+words of pagemap say the same."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crtrace.errors import UsageError
+from crtrace.image.reader import Chain
+from crtrace.linux import pagemap
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.pagemap import Filter, KernelScanner, PlainScanner, Scanner
+from crtrace.linux.procfs import Process
+from crtrace.track.choose import choose
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Pid, count_pages, merge, subtract
+from tests.live.conftest import Spawn
+from tests.live.exactness import reader
+from tests.live.harness import Target, compile_target, layout_mismatches, stopped
+from tests.live.runner import run, verified
+
+FILTERS = {
+    "anything": Filter(),
+    "own": pagemap.OWN,
+    "nothing": pagemap.NOTHING_THERE,
+    "of a file": Filter(need=pagemap.FILE),
+}
+
+
+@contextmanager
+def scanners(target: Target) -> Iterator[tuple[Scanner, Scanner, AddressSpace]]:
+    """Both ways to look at a target, which is stopped meanwhile."""
+    with Process(Pid(target.pid)) as process, stopped(target.pid):
+        space = AddressSpace(process)
+        space.refresh()
+        fd = process.open("pagemap")
+        try:
+            if not pagemap.supported(fd):
+                pytest.skip("cannot run here: no PAGEMAP_SCAN to compare with")
+            yield KernelScanner(fd), PlainScanner(fd, space), space
+        finally:
+            os.close(fd)
+
+
+def pages_by_kind(found: tuple[U64, U64], but: U64) -> dict[int, list[list[int]]]:
+    """The pages that a scan found, as ranges, for each combination of PRESENT and SWAPPED."""
+    ranges, categories = found
+    kinds = categories & np.uint64(pagemap.PRESENT | pagemap.SWAPPED)
+    each = {int(kind): subtract(merge(ranges[kinds == kind]), but) for kind in np.unique(kinds)}
+    return {kind: pages.tolist() for kind, pages in each.items() if len(pages)}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_pagemap_read_plainly_says_what_the_scan_says(spawn: Spawn, name: str) -> None:
+    target = spawn("layout")
+    with scanners(target) as (kernel, plain, space):
+        # The kernel's scan passes over memory without page descriptors; nobody keeps its contents.
+        raw = space.ranges(lambda vma: vma.name.startswith("[vvar"))
+        whole = pages_by_kind(plain.scan(FILTERS[name]), raw)
+        assert whole == pages_by_kind(kernel.scan(FILTERS[name]), raw)
+        assert sum(count_pages(np.array(ranges)) for ranges in whole.values()) > 64
+        for vma in space.vmas:
+            start, end = vma.start, max(vma.start + PAGE_SIZE, vma.end - PAGE_SIZE)
+            ours, theirs = (
+                pages_by_kind(scanner.scan(FILTERS[name], start=start, end=end), raw)
+                for scanner in (plain, kernel)
+            )
+            assert ours == theirs, vma
+
+
+def test_pagemap_is_asked_only_what_it_can_tell(spawn: Spawn) -> None:
+    with scanners(spawn("layout")) as (_, plain, _), pytest.raises(ValueError, match="does not"):
+        plain.scan(Filter(need=pagemap.WRITTEN))
+
+
+def test_a_page_in_the_middle_of_a_huge_mapping_is_found(spawn: Spawn) -> None:
+    """One mapping of a TiB, of which eight pages exist; its empty neighbours are passed over."""
+    target = spawn("layout")
+    areas = target.ask("areas")
+    at, pages = areas["reserve_used"]["addr"], areas["reserve_used"]["pages"]
+    target.obey("mprotect reserve_used none")  # which makes it one mapping with the reserve
+    with scanners(target) as (_, plain, space):
+        around = next(vma for vma in space.vmas if vma.start <= at < vma.end)
+        assert around.end - around.start >= 1 << 39
+        found, _ = plain.scan(pagemap.OWN, start=around.start, end=around.end)
+    assert (merge(found) - np.uint64(at >> PAGE_SHIFT)).tolist() == [[1, 3]]
+    assert pages == 8
+
+
+@pytest.mark.parametrize("lacking", ["userfaultfd", "pagemap_scan"])
+def test_watch_compares_where_the_kernel_lacks_what_it_needs_to_arm(
+    spawn: Spawn, tmp_path: Path, lacking: str
+) -> None:
+    target = spawn("layout")
+    chain = tmp_path / "chain"
+    without = [str(compile_target("without")), lacking]
+    for seed in (3, 4):
+        target.obey(f"write anon_written 0 8 {seed}")
+        run("dump", target.pid, "-o", chain, before=without).expect(0)
+    (shown,) = run("show", chain, "--json").expect(0).events
+    assert shown["armer"] == "compare"
+    assert verified(chain) == [0, 1]
+    with Chain.open(chain) as written:
+        assert layout_mismatches(reader(written.epoch(-1)), target) == []
+    target.terminate_and_check()
+
+
+def test_check_says_what_follows_without_userfaultfd() -> None:
+    without = [str(compile_target("without")), "userfaultfd"]
+    (report,) = run("check", "--json", before=without).expect(0).events
+    (probe,) = [p for p in report["probes"] if p["name"] == "userfaultfd write protection"]
+    assert report["works"]
+    assert not probe["ok"]
+    assert "pause grows" in probe["consequence"]
+
+
+@pytest.mark.parametrize("name", ["userfaultfd", "compare"])
+def test_the_environment_names_the_armer(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setenv("CRTRACE_ARMER", name)
+    with Process(Pid(spawn("layout").pid)) as process:
+        armer = choose(process, AddressSpace(process))
+        assert armer.name == name
+        armer.close()
+        armer.close()
+
+
+def test_an_unknown_armer_is_a_usage_error(spawn: Spawn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CRTRACE_ARMER", "magic")
+    with (
+        Process(Pid(spawn("layout").pid)) as process,
+        pytest.raises(UsageError, match="magic"),
+    ):
+        choose(process, AddressSpace(process))

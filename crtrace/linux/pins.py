@@ -1,0 +1,118 @@
+"""Memory that is written without a page fault, since it was pinned before it was armed.
+
+What an io_uring has registered as fixed buffers is told by the ring. What others pinned for long
+(RDMA, vfio, rings without a descriptor) is only counted by the kernel. Direct reads pin their
+buffers for as long as they last, and nothing tells where: only the descriptors do that allow them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from crtrace.errors import CrtraceError
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.procfs import Process
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, merge, no_pages
+
+_RING = "anon_inode:[io_uring]"
+_BUFFERS = re.compile(rb"^UserBufs:\t(\d+)\n((?: *\d+: .*\n)*)", re.M)
+_BUFFER = re.compile(rb": 0x([0-9a-f]+)/(\d+)$", re.M)
+_FLAGS = re.compile(rb"^flags:\t([0-7]+)$", re.M)
+_INODE = re.compile(rb"^ino:\t(\d+)$", re.M)
+_HUGE = 2 << 20
+_TRIES = 100
+
+
+@dataclass(slots=True)
+class Pins:
+    """What :meth:`find` found of one process. Without it nothing is known."""
+
+    rings: list[str] = field(default_factory=list)
+    """The descriptors of io_urings."""
+    direct: int = 0
+    """Descriptors by which direct reads may be under way."""
+
+    def find(self, process: Process) -> None:
+        """Look at every descriptor; while the target runs, since it takes 10 µs for each."""
+        self.rings, self.direct = [], 0
+        for fd in process.listdir("fd"):
+            if process.readlink(f"fd/{fd}") == _RING:
+                self.rings.append(fd)
+            elif _reads_directly(_fdinfo(process, fd)):
+                self.direct += 1
+
+    def ranges(self, process: Process) -> U64:
+        """The pages of all fixed buffers as registered now; quick. Raises ``CrtraceError`` when a
+        ring stays busy, so that it does not tell."""
+        spans = self._spans(process)
+        return merge(_pages(spans, PAGE_SIZE))
+
+    def unexplained(self, process: Process) -> int:
+        """Bytes that are pinned for long by something else than the rings that were found.
+
+        The kernel counts a huge page as a whole, so a buffer accounts for the huge pages it may
+        lie in: that much by others can go unnoticed.
+        """
+        pinned = int(process.status().get("VmPin", "0").split()[0]) << 10
+        if not pinned:
+            return 0
+        pages = _pages(self._spans(process), PAGE_SIZE)
+        exact = int((pages[:, 1] - pages[:, 0]).sum()) << PAGE_SHIFT
+        if pinned <= exact:
+            return 0
+        wide = _pages(self._spans(process), _HUGE)
+        return max(0, pinned - (int((wide[:, 1] - wide[:, 0]).sum()) << PAGE_SHIFT))
+
+    def unmapped_rings(self, process: Process, space: AddressSpace) -> int:
+        """Rings that no VMA shows: the kernel may write their entries into memory of the target's
+        own (IORING_SETUP_NO_MMAP), and nothing tells where."""
+        mapped = {vma.inode for vma in space.vmas if vma.name == _RING}
+        found = (_INODE.search(_fdinfo(process, fd)) for fd in self.rings)
+        return sum(1 for inode in found if inode and int(inode[1]) not in mapped)
+
+    def _spans(self, process: Process) -> U64:
+        """(address, bytes) of each buffer of each ring; one that two rings share comes twice."""
+        found = [no_pages(), *(_buffers(process, fd) for fd in self.rings)]
+        return np.concatenate(found)
+
+
+def _fdinfo(process: Process, fd: str) -> bytes:
+    """``/proc/PID/fdinfo/FD``; empty once it is closed."""
+    try:
+        return process.read(f"fdinfo/{fd}")
+    except FileNotFoundError:
+        return b""
+
+
+def _reads_directly(info: bytes) -> bool:
+    found = _FLAGS.search(info)
+    flags = int(found[1], 8) if found else 0
+    return bool(flags & os.O_DIRECT) and flags & os.O_ACCMODE != os.O_WRONLY
+
+
+def _buffers(process: Process, fd: str) -> U64:
+    """(address, bytes) of a ring's fixed buffers. A ring that is just in use leaves them out."""
+    for _ in range(_TRIES):
+        info = _fdinfo(process, fd)
+        if info and process.readlink(f"fd/{fd}") != _RING:
+            return no_pages()
+        found = _BUFFERS.search(info)
+        if found and found[2].count(b"\n") == int(found[1]):
+            spans = [(int(at, 16), int(size)) for at, size in _BUFFER.findall(found[2])]
+            # Before Linux 6.12 or so, an empty place is shown as a buffer at the end of all memory.
+            spans = [span for span in spans if span[0] < 1 << 63]
+            return np.array(spans, dtype=np.uint64) if spans else no_pages()
+        if not info:
+            return no_pages()
+    raise CrtraceError(f"io_uring {fd} of process {process.pid} does not tell its buffers")
+
+
+def _pages(spans: U64, unit: int) -> U64:
+    """The page ranges of (address, bytes), each rounded out to whole units of bytes."""
+    unit_less_one, mask = np.uint64(unit - 1), np.uint64(2**64 - unit)
+    starts, ends = spans[:, 0] & mask, (spans[:, 0] + spans[:, 1] + unit_less_one) & mask
+    return np.stack((starts, ends), axis=1) >> np.uint64(PAGE_SHIFT)

@@ -1,0 +1,232 @@
+"""Memory that the kernel writes without a page fault is found, or at least counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from crtrace.errors import FeatureMissing
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.pins import Pins
+from crtrace.linux.procfs import Process
+from crtrace.linux.ptrace import StoppedProcess
+from crtrace.track.userfaultfd import UserfaultfdArmer, try_on_ourselves
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, Pid, contains, merge
+from tests.live.conftest import Spawn
+from tests.live.harness import Target, read_mem
+
+HUGE_PAGE = 2 << 20
+
+
+@pytest.fixture
+def target(spawn: Spawn) -> Target:
+    """A target with one ring."""
+    target = spawn("pins")
+    if not target.command("ring").startswith("ok"):
+        pytest.skip("cannot run here: no io_uring (see kernel.io_uring_disabled)")
+    return target
+
+
+@pytest.fixture
+def process(target: Target) -> Iterator[Process]:
+    """Its process."""
+    with Process(Pid(target.pid)) as process:
+        yield process
+
+
+def found(process: Process) -> Pins:
+    """What a look at all its descriptors finds."""
+    pins = Pins()
+    pins.find(process)
+    return pins
+
+
+def area_pages(target: Target, pins: Pins, process: Process) -> list[list[int]]:
+    """The pinned page ranges, counted from the beginning of the target's area."""
+    ranges = pins.ranges(process)
+    first = np.uint64(target.info["addr"] >> PAGE_SHIFT)
+    return [[int(start), int(end)] for start, end in (ranges - first).tolist()]
+
+
+def test_without_fixed_buffers_there_is_nothing(process: Process) -> None:
+    pins = found(process)
+    assert len(pins.rings) == 1
+    assert not len(pins.ranges(process))
+    assert pins.unexplained(process) == 0
+
+
+def test_fixed_buffers_are_found_as_they_are_now(target: Target, process: Process) -> None:
+    target.obey("ring")
+    pins = found(process)
+    target.obey("register 0 3 4")
+    target.obey("register 1 6 2")
+    assert area_pages(target, pins, process) == [[3, 8]]
+    assert pins.unexplained(process) == 0
+    target.obey("unregister 0")
+    assert area_pages(target, pins, process) == [[6, 8]]
+    target.obey("close 1")
+    assert area_pages(target, pins, process) == []
+
+
+def test_sparse_tables_tell_the_places_that_are_filled(target: Target, process: Process) -> None:
+    pins = found(process)
+    target.obey("sparse 0 8")
+    assert area_pages(target, pins, process) == []
+    target.obey("place 0 5 20 2")
+    target.obey("place 0 1 30 1")
+    assert area_pages(target, pins, process) == [[20, 22], [30, 31]]
+    assert pins.unexplained(process) == 0
+
+
+def test_buffers_that_rings_share_outlive_the_first(target: Target, process: Process) -> None:
+    target.obey("ring")
+    target.obey("register 0 8 2")
+    if not target.command("clone 0 1").startswith("ok"):
+        pytest.skip("cannot run here: the kernel cannot clone buffers (before Linux 6.12)")
+    pins = found(process)
+    assert area_pages(target, pins, process) == [[8, 10]]
+    target.obey("close 0")
+    assert area_pages(target, pins, process) == [[8, 10]]
+
+
+def test_the_memory_of_a_closed_descriptor_is_nobodys(target: Target, process: Process) -> None:
+    """Another file may have its number by then."""
+    target.obey("register 0 8 2")
+    pins = found(process)
+    target.obey("close 0")
+    target.obey("open /proc/self/exe")
+    assert area_pages(target, pins, process) == []
+
+
+def test_huge_pages_are_explained_by_the_buffers_inside(target: Target, process: Process) -> None:
+    target.obey("huge 0")
+    pins = found(process)
+    assert int(process.status()["VmPin"].split()[0]) << 10 in (2 * PAGE_SIZE, HUGE_PAGE)
+    assert pins.unexplained(process) == 0
+
+
+def test_a_ring_without_a_descriptor_is_counted(target: Target, process: Process) -> None:
+    if not target.command("ring hidden").startswith("ok"):
+        pytest.skip("cannot run here: no rings without descriptors (before Linux 6.5)")
+    target.obey("register 1 3 4")
+    pins = found(process)
+    assert len(pins.rings) == 1
+    assert not len(pins.ranges(process))
+    assert pins.unexplained(process) == 4 * PAGE_SIZE
+
+
+def test_a_ring_made_after_the_look_is_counted(target: Target, process: Process) -> None:
+    pins = found(process)
+    target.obey("ring")
+    target.obey("register 1 3 4")
+    assert pins.unexplained(process) == 4 * PAGE_SIZE
+    assert found(process).unexplained(process) == 0
+
+
+def test_rings_in_memory_of_the_target_are_told(target: Target, process: Process) -> None:
+    space = AddressSpace(process)
+    space.refresh()
+    assert found(process).unmapped_rings(process, space) == 0
+    if not target.command("ring unmapped").startswith("ok"):
+        pytest.skip("cannot run here: no rings in memory of one's own (before Linux 6.5)")
+    space.refresh()
+    assert found(process).unmapped_rings(process, space) == 1
+
+
+def test_descriptors_for_direct_reading_are_counted(
+    target: Target, process: Process, tmp_path: Path
+) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(b"F" * PAGE_SIZE)
+    assert found(process).direct == 0
+    if not target.command(f"open {file}").startswith("ok"):
+        pytest.skip("cannot run here: this file system has no direct I/O")
+    assert found(process).direct == 1
+
+
+@pytest.fixture
+def armed(process: Process) -> Iterator[tuple[UserfaultfdArmer, AddressSpace]]:
+    """The target armed by userfaultfd, all its pages protected."""
+    space = AddressSpace(process)
+    try:
+        try_on_ourselves()
+    except (OSError, FeatureMissing):
+        pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
+    with closing(UserfaultfdArmer(process, space)) as armer:
+        with StoppedProcess(process) as stopped:
+            armer.arm(stopped)
+        armer.scan(space)
+        armer.scan(space)
+        yield armer, space
+
+
+def test_what_a_ring_writes_into_fixed_buffers_is_in_the_scan_or_among_the_pins(
+    target: Target, process: Process, request: pytest.FixtureRequest
+) -> None:
+    target.obey("register 0 3 4")
+    armer, space = request.getfixturevalue("armed")
+    page = target.info["addr"] // PAGE_SIZE + 4
+    before = read_mem(target.pid, page * PAGE_SIZE, PAGE_SIZE)
+    target.obey("fixed 0 4 98")
+    assert read_mem(target.pid, page * PAGE_SIZE, PAGE_SIZE) != before
+    written = armer.scan(space).written
+    known = merge(written, found(process).ranges(process))
+    assert contains(known, np.array([page], dtype=np.uint64)).all()
+    # Else nobody would have to look for pins.
+    assert not contains(written, np.array([page], dtype=np.uint64)).any()
+
+
+@pytest.fixture
+def slow_disk(tmp_path: Path, target: Target) -> Iterator[tuple[Path, Callable[[int], None]]]:
+    """A block device, and how to set the bytes that the target may read of it in a second."""
+    blkio = Path("/sys/fs/cgroup/blkio")
+    (tmp_path / "disk").write_bytes(b"D" * 64 * PAGE_SIZE)
+    attach = ["losetup", "--find", "--show", str(tmp_path / "disk")]
+    if not (blkio / "blkio.throttle.read_bps_device").exists():
+        pytest.skip("cannot run here: no cgroup that throttles block devices")
+    done = subprocess.run(attach, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("cannot run here: no loop devices")
+    device, group = Path(done.stdout.strip()), blkio / f"crtrace-{target.pid}"
+    number = os.stat(device).st_rdev
+
+    def throttle(rate: int) -> None:
+        rule = f"{os.major(number)}:{os.minor(number)} {rate}"
+        (group / "blkio.throttle.read_bps_device").write_text(rule)
+
+    group.mkdir()
+    try:
+        (group / "cgroup.procs").write_text(str(target.pid))
+        yield device, throttle
+    finally:
+        throttle(0)
+        (blkio / "cgroup.procs").write_text(str(target.pid))
+        group.rmdir()
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_a_direct_read_in_flight_over_a_scan_is_in_the_next_or_told(
+    target: Target,
+    process: Process,
+    armed: tuple[UserfaultfdArmer, AddressSpace],
+    slow_disk: tuple[Path, Callable[[int], None]],
+) -> None:
+    """The page is pinned, then armed, then written by the device: that takes no page fault."""
+    (armer, space), (device, throttle) = armed, slow_disk
+    page = target.info["addr"] // PAGE_SIZE + 9
+    target.obey(f"open {device}")
+    throttle(1)
+    target.obey("submit 9")
+    assert contains(armer.scan(space).written, np.array([page], dtype=np.uint64)).all()
+    assert read_mem(target.pid, page * PAGE_SIZE, 1) == b"a"
+    throttle(0)
+    target.obey("await")
+    assert read_mem(target.pid, page * PAGE_SIZE, 1) == b"D"
+    seen = contains(armer.scan(space).written, np.array([page], dtype=np.uint64)).all()
+    assert seen or found(process).direct == 1

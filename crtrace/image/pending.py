@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from itertools import compress
+from typing import TypeVar
 
 import numpy as np
 
@@ -15,6 +17,7 @@ from crtrace.units import U64, Bools, to_ranges
 LAST_ROUND = 1 << 30
 """The round of what is true at the end of an epoch whatever was read before: holes."""
 
+Piece = TypeVar("Piece")
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
 
 
@@ -50,6 +53,8 @@ class PendingSpace:
         self._pages: list[U64] = []
         self._places: list[U64] = []
         self._hashes: list[U64 | None] = []
+        self._before = _no_entries()
+        self._before_round = 0
 
     def add(self, round: int, pages: U64, places: U64, hashes: U64 | None = None) -> None:
         """Enter pages (ascending, kept without a copy); no hashes: zeros."""
@@ -64,47 +69,89 @@ class PendingSpace:
     def so_far(self) -> Entries:
         """The pages stored until now, ascending, each as it was said last."""
         with self._lock:
-            order = sorted(range(len(self._pages)), key=lambda at: self._rounds[at])
-            pages = [self._pages[at] for at in order]
-            places = [self._places[at] for at in order]
-            hashes = [self._hashes[at] for at in order]
-        none = np.empty(0, dtype=np.uint64)
-        if not pages:
-            return Entries(none, none, none.reshape(0, 2))
-        joined = np.concatenate(pages)
-        last = _last_of_each(joined)
-        filled = [
-            np.zeros((len(some), 2), dtype=np.uint64) if known is None else known
-            for some, known in zip(pages, hashes, strict=True)
-        ]
-        said = Entries(joined[last], np.concatenate(places)[last], np.concatenate(filled)[last])
-        return said.select(kinds(said.places) == PageKind.STORED)
+            joined = self._join_before(LAST_ROUND)
+        return joined.select(kinds(joined.places) == PageKind.STORED)
+
+    def stored_before(self, round: int, pages: U64, hashes: U64) -> tuple[Bools, U64]:
+        """Which of ``pages`` (any order) a round before ``round`` stored with the same contents,
+        and where. What a thread has yet to enter is not found; that costs nothing but space.
+        """
+        with self._lock:
+            if round > self._before_round:
+                self._before, self._before_round = self._join_before(round), round
+            before = self._before
+        if not len(before.pages):
+            return np.zeros(len(pages), dtype=np.bool_), np.zeros(len(pages), dtype=np.uint64)
+        at = np.minimum(np.searchsorted(before.pages, pages), len(before.pages) - 1)
+        where = before.places[at]
+        found: Bools = (before.pages[at] == pages) & (kinds(where) == PageKind.STORED)
+        return found & (before.hashes[at] == hashes).all(axis=1), where
+
+    def _join_before(self, round: int) -> Entries:
+        """Make one piece, in order, of all that was entered for the rounds before ``round``."""
+        earlier = [number < round for number in self._rounds]
+        if not any(earlier):
+            return _no_entries()
+        rounds, pages = _taken(self._rounds, earlier), _taken(self._pages, earlier)
+        places, hashes = _taken(self._places, earlier), _taken(self._hashes, earlier)
+        # With the last of these rounds, it yields to what a late thread enters for that one.
+        self._rounds.append(max(rounds))
+        joined = _joined(rounds, pages, places, hashes)
+        self._pages.append(joined.pages)
+        self._places.append(joined.places)
+        self._hashes.append(joined.hashes)
+        return joined
 
     def settle(self, parent: PageTable | None) -> Entries:
         """The entries that go into the image; this object is empty afterwards.
 
         ``parent`` is what the chain holds already: without a page there, a hole is nothing to
-        tell. Columns are joined one after another and their pieces freed at once, because for a
-        large target they are the largest thing in memory.
+        tell.
         """
+        self._before = _no_entries()
         if not self._pages:
-            none = np.empty(0, dtype=np.uint64)
-            return Entries(none, none, none.reshape(0, 2))
-        # Chunks are written as threads get to them: most often sorting the pieces is enough.
-        order = sorted(range(len(self._pages)), key=lambda at: int(self._pages[at][0]))
-        pages = np.concatenate([self._pages[at] for at in order])
-        picked = None
-        if (pages[1:] <= pages[:-1]).any():
-            order = sorted(range(len(self._pages)), key=lambda at: self._rounds[at])
-            pages = np.concatenate([self._pages[at] for at in order])
-            picked = _Picked(_last_of_each(pages))
-            pages = pages[picked.rows]
-        lengths = list(map(len, self._pages))
-        self._pages = []
-        places = _join(self._places, order, lengths, picked, np.empty(len(pages), np.uint64))
-        hashes = _join(self._hashes, order, lengths, picked, np.zeros((len(pages), 2), np.uint64))
-        self._places, self._hashes, self._rounds = [], [], []
-        return _meaningful(Entries(pages, places, hashes), parent)
+            return _no_entries()
+        joined = _joined(self._rounds, self._pages, self._places, self._hashes)
+        self._rounds = []
+        return _meaningful(joined, parent)
+
+
+def _taken(column: list[Piece], which: list[bool]) -> list[Piece]:
+    """Move what ``which`` marks out of a list."""
+    taken = list(compress(column, which))
+    column[:] = compress(column, [not each for each in which])
+    return taken
+
+
+def _no_entries() -> Entries:
+    none = np.empty(0, dtype=np.uint64)
+    return Entries(none, none, none.reshape(0, 2))
+
+
+def _joined(
+    rounds: list[int], pieces: list[U64], places: list[U64], hashes: list[U64 | None]
+) -> Entries:
+    """One piece of many, by page, each page as its last round has it; the lists are emptied.
+
+    Columns are joined one after another and their pieces freed at once, because for a large target
+    they are the largest thing in memory.
+    """
+    # Chunks are written as threads get to them: most often sorting the pieces is enough.
+    order = sorted(range(len(pieces)), key=lambda at: int(pieces[at][0]))
+    pages = np.concatenate([pieces[at] for at in order])
+    picked = None
+    if (pages[1:] <= pages[:-1]).any():
+        order = sorted(range(len(pieces)), key=lambda at: rounds[at])
+        pages = np.concatenate([pieces[at] for at in order])
+        picked = _Picked(_last_of_each(pages))
+        pages = pages[picked.rows]
+    lengths = list(map(len, pieces))
+    pieces.clear()
+    every_place = _join(places, order, lengths, picked, np.empty(len(pages), np.uint64))
+    every_hash = _join(hashes, order, lengths, picked, np.zeros((len(pages), 2), np.uint64))
+    places.clear()
+    hashes.clear()
+    return Entries(pages, every_place, every_hash)
 
 
 class _Picked:

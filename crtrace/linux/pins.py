@@ -37,7 +37,8 @@ class Pins:
     """Descriptors by which direct reads may be under way."""
 
     def find(self, process: Process) -> None:
-        """Look at every descriptor; while the target runs, since it takes 10 µs for each."""
+        """Look at every descriptor; while the target runs: each
+        takes some tens of microseconds."""
         self.rings, self.direct = [], 0
         for fd in process.listdir("fd"):
             if process.readlink(f"fd/{fd}") == _RING:

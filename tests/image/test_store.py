@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
+from itertools import count, permutations
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from crtrace.image.pagetable import PageTable
 from crtrace.image.places import PageKind
 from crtrace.image.reader import Chain
 from crtrace.image.store import ChainWriter
+from crtrace.units import PAGE_SIZE
 from tests.image.support import (
     SPACE,
     ZERO,
@@ -93,6 +94,25 @@ def test_the_last_round_wins_in_whatever_order_threads_come(
             write(image, rounds[at], round=at)
         image.commit({})
     assert read_all(path) == [{1: page(7), 2: page(6)}]
+
+
+@pytest.mark.parametrize("order", list(permutations(range(4))))
+def test_contents_that_come_again_are_stored_once(path: Path, order: tuple[int, ...]) -> None:
+    """What came before is found or not, as the threads come; the last round wins all the same."""
+    rounds = [
+        {1: page(5), 2: page(6), 3: ZERO},
+        {1: page(7), 4: page(8)},
+        {1: page(5), 2: page(6), 3: page(6), 4: page(8)},
+        {1: page(7), 2: page(6), 3: ZERO, 4: page(9)},
+    ]
+    with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+        add_task(image)
+        for at in order:
+            write(image, rounds[at], round=at)
+        entry = image.commit({})
+    assert read_all(path) == [{1: page(7), 2: page(6), 3: ZERO, 4: page(9)}]
+    if order == (0, 1, 2, 3):
+        assert entry.bytes_raw == 8 * PAGE_SIZE
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -501,7 +521,7 @@ def test_no_descriptor_is_left_open(path: Path) -> None:
 
 LIMITED = """
 import resource, sys
-from itertools import count
+from itertools import count, permutations
 from pathlib import Path
 from typing import Any
 from tests.image.support import *

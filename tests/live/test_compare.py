@@ -20,7 +20,7 @@ from crtrace.linux.procfs import Process
 from crtrace.track.choose import choose
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Pid, count_pages, merge, subtract
 from tests.live.conftest import Spawn
-from tests.live.exactness import reader
+from tests.live.exactness import judged, reader
 from tests.live.harness import Target, compile_target, layout_mismatches, stopped
 from tests.live.runner import run, verified
 
@@ -108,6 +108,22 @@ def test_watch_compares_where_the_kernel_lacks_what_it_needs_to_arm(
     with Chain.open(chain) as written:
         assert layout_mismatches(reader(written.epoch(-1)), target) == []
     target.terminate_and_check()
+
+
+def test_what_is_copied_before_the_pause_and_again_in_it_is_stored_once(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRTRACE_ARMER", "compare")
+    target = spawn("writer", "--mib", 16, "--fill", 1, "--running", 0)
+    with judged(target.pid, tmp_path / "chain") as run:
+        run.take()
+        run.take()
+    first, second = run.stats
+    assert first["precopy_rounds"] == 1
+    assert first["pages_residual"] * PAGE_SIZE > 32 << 20
+    assert first["bytes_raw"] < 40 << 20
+    assert second["pages_residual"] * PAGE_SIZE > 32 << 20
+    assert second["bytes_raw"] < 1 << 20
 
 
 def test_check_says_what_follows_without_userfaultfd() -> None:

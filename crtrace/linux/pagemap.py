@@ -24,7 +24,7 @@ WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range
 GUARD = 1 << 8
 """Guard regions tell of themselves from Linux 6.15 on; before, nothing that excludes them does."""
 
-REPORTED = WPALLOWED | WRITTEN | PRESENT | SWAPPED
+REPORTED = WPALLOWED | WRITTEN | PRESENT | SWAPPED | GUARD
 """Categories in the answer. Not FILE: to tell it, the kernel looks at every page's own descriptor,
 and a scan takes ten times as long; so it is used only as a condition, and only where needed."""
 
@@ -96,7 +96,7 @@ class KernelScanner:
                 _ARG.pack(
                     _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector.ctypes.data,
                     _VECTOR, 0, exclude | want.inverted, want.need | exclude, want.any_of,
-                    REPORTED,
+                    REPORTED & self._known,
                 )
             )  # fmt: skip
             try:

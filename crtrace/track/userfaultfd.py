@@ -157,7 +157,8 @@ class UserfaultfdArmer:
         page keeps its protection. Such pages are read again, and turn out as what they are.
         """
         ranges, categories = self._scanner.scan(pagemap.NOTHING_THERE)
-        swapped = (categories & np.uint64(pagemap.SWAPPED)) != 0
+        # A guard page looks swapped out too, and reads as nothing.
+        swapped = (categories & np.uint64(pagemap.SWAPPED | pagemap.GUARD)) == pagemap.SWAPPED
         armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
         markers = ranges[armed]
         if len(markers):

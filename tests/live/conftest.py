@@ -28,17 +28,40 @@ def spawn() -> Iterator[Spawn]:
         yield lambda program, *options: stack.enter_context(Target(program, *options))
 
 
+@contextlib.contextmanager
+def reserved_hugetlb_pages(count: int) -> Iterator[int]:
+    """So many huge pages more are there inside the block, if that can be had; how many."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    before = int(setting.read_text()) if setting.exists() else 0
+    try:
+        if setting.exists():
+            setting.write_text(str(before + count))
+        yield int(setting.read_text()) - before if setting.exists() else 0
+    finally:
+        if setting.exists():
+            setting.write_text(str(before))
+
+
 @pytest.fixture
 def hugetlb_pages() -> Iterator[int]:
     """Four huge pages are free during the test, so that ``layout`` has its "hugetlb" area."""
-    setting = Path("/proc/sys/vm/nr_hugepages")
-    if not setting.exists():
-        pytest.skip("cannot run here: the kernel has no hugetlb pages")
-    before = int(setting.read_text())
-    try:
-        setting.write_text(str(before + 4))
-        if int(setting.read_text()) < before + 4:
+    with reserved_hugetlb_pages(4) as count:
+        if count < 4:
             pytest.skip("cannot run here: hugetlb pages cannot be reserved")
-        yield 4
-    finally:
-        setting.write_text(str(before))
+        yield count
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Add up what tests recorded as ``pages_compared`` and the like."""
+    names = ("ways_done", "epochs_judged", "pages_compared")
+    totals = dict.fromkeys(names, 0)
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name in totals:
+                totals[name] += int(str(value))
+    if totals["epochs_judged"]:
+        terminalreporter.write_line(
+            "ways of changing memory: {} times, {} epochs, {} pages compared".format(
+                *totals.values()
+            )
+        )

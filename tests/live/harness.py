@@ -145,10 +145,18 @@ class Target:
         ready: dict[str, Any] = json.loads(info)
         return ready
 
+    def send(self, line: str) -> None:
+        """Send a command without waiting for its :meth:`answer`."""
+        os.write(self._fds[1], line.encode() + b"\n")
+
+    def answer(self, timeout: float = 60) -> str:
+        """The line that a command which was sent answers."""
+        return self._line(timeout)
+
     def command(self, line: str, timeout: float = 60) -> str:
         """Send a command, return the line it answers."""
-        os.write(self._fds[1], line.encode() + b"\n")
-        return self._line(timeout)
+        self.send(line)
+        return self.answer(timeout)
 
     def obey(self, line: str, timeout: float = 60) -> str:
         """Send a command that must succeed, return what follows the "ok"."""

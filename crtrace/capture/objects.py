@@ -10,19 +10,27 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 
-from crtrace.capture.spaces import Key, Spaces
+from crtrace.capture.spaces import Spaces
 from crtrace.capture.target import Target
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import open_mapped
-from crtrace.linux.files import FileFacts
-from crtrace.linux.procfs import WRITE, Vma
+from crtrace.linux.files import FileFacts, nobody_writes
+from crtrace.linux.procfs import WRITE, FileKey, Vma
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, intersect, merge, no_pages
+
+SETTLED_NS = 1_000_000_000
+"""A file that was written before can be told from one written since by its time of change: no
+kernel's clock for these times is as coarse as this."""
+
+Still = tuple[int, ...]
+"""What is the same as long as contents and mapped pages of an object are."""
 
 
 def kept(vma: Vma, facts: FileFacts | None) -> bool:
@@ -49,19 +57,26 @@ class Mapping:
 class MappedObject:
     """One object, with the VMAs by which targets map parts of it."""
 
-    key: Key
+    key: FileKey
     space: int
     mappings: list[Mapping]
     facts: FileFacts
     fd: int = -1
 
-    @property
-    def steady(self) -> bool:
-        """Whether nobody is expected to write it: a deleted file that is mapped only privately or
-        for reading. It need not be read while the target is stopped, nor again while its size and
-        time stay the same."""
+    def still(self) -> Still | None:
+        """What tells whether an object is still the same that it was, or None if only its contents
+        can: somebody has it open for writing, or may have written it just now.
+
+        Only for deleted files that are mapped privately or for reading, such as libraries after an
+        upgrade; they need not be read while the target is stopped.
+        """
         written = any(m.vma.shared and m.vma.flags & WRITE for m in self.mappings)
-        return not self.facts.memory and not written
+        if self.facts.memory or written or not nobody_writes(self.fd):
+            return None
+        about = os.fstat(self.fd)
+        if about.st_ctime_ns > time.time_ns() - SETTLED_NS:
+            return None
+        return about.st_size, about.st_ctime_ns, *self.extent().ravel().tolist()
 
     def extent(self) -> U64:
         """The pages of the object that some VMA maps."""
@@ -143,23 +158,25 @@ def _data_ranges(fd: int, first: int, end: int) -> U64:
     while at < stop:
         try:
             data = os.lseek(fd, at, os.SEEK_DATA)
-        except OSError:
-            break  # ENXIO: nothing more
-        if data >= stop:
-            break
-        at = min(os.lseek(fd, data, os.SEEK_HOLE), stop)
+            if data >= stop:
+                break
+            at = min(os.lseek(fd, data, os.SEEK_HOLE), stop)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                break  # nothing more, or cut off meanwhile by somebody who is not stopped
+            data, at = at, stop  # it cannot tell its holes
         found.append((data >> PAGE_SHIFT, (at + PAGE_SIZE - 1) >> PAGE_SHIFT))
     return np.array(found, dtype=np.uint64) if found else no_pages()
 
 
 def mapped_objects(
-    targets: Iterable[Target], spaces: Spaces, facts: dict[Key, FileFacts | None]
+    targets: Iterable[Target], spaces: Spaces, facts: dict[FileKey, FileFacts | None]
 ) -> list[MappedObject]:
     """The objects whose contents belong into the image, of all that are mapped, each once."""
-    found: dict[Key, MappedObject] = {}
+    found: dict[FileKey, MappedObject] = {}
     for target in targets:
         for vma in target.map.vmas:
-            key = (vma.device, vma.inode)
+            key = target.process.file_key(vma)
             about = facts.get(key)
             if not vma.file_backed or about is None or not kept(vma, about):
                 continue

@@ -13,7 +13,7 @@ import numpy as np
 from crtrace import __version__
 from crtrace.capture import state
 from crtrace.capture.copy import copy_pages
-from crtrace.capture.objects import MappedObject, mapped_objects
+from crtrace.capture.objects import MappedObject, Still, mapped_objects
 from crtrace.capture.pipeline import BUFFERS, Pipeline
 from crtrace.capture.spaces import Spaces
 from crtrace.capture.state import FileBook, Snapshot
@@ -25,7 +25,6 @@ from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
 from crtrace.linux.events import open_accounting
-from crtrace.linux.files import FileFacts
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.track.armer import EVERYTHING
@@ -85,7 +84,9 @@ class Session:
         self._witness = witness
         self._little = max(1, min(LITTLE, int((max_pause_ms - 2) * PAGES_PER_MS)))
         self._book = FileBook()
-        self._steady: dict[int, FileFacts] = {}
+        self._looked_at = 0
+        """BPF's count of map changes when the objects were looked up."""
+        self._steady: dict[int, Still] = {}
         with ExitStack() as undo:
             self._tree = Tree(process, marks, self._spaces, follow)
             undo.callback(self._tree.close)
@@ -256,25 +257,30 @@ class Session:
     @contextmanager
     def _mapped_objects(self, work: Work, full: bool) -> Iterator[list[MappedObject]]:
         """The objects that are mapped now; those that nobody writes are read right away."""
+        self._looked_at = self._map_changes()
         for target in self._tree.targets():
             with suppress(TargetGone):
                 target.map.refresh()
         objects = self._find_objects()
         try:
             for each in objects:
-                if not each.steady:
+                still = each.still()
+                if still is None:
                     continue
-                if full or self._steady.get(each.space) != each.facts:
+                if full or self._steady.get(each.space) != still:
                     self._copy_object(work, each, 0)
-                work.steady[each.space] = each.facts
+                work.steady[each.space] = still
             yield objects
         finally:
             for each in objects:
                 each.close()
 
-    def _find_objects(self) -> list[MappedObject]:
+    def _map_changes(self) -> int:
+        return sum(self._tree.counts(member).map_changes for member in self._tree.members)
+
+    def _find_objects(self, *, hurry: bool = False) -> list[MappedObject]:
         targets = self._tree.targets()
-        self._book.update(targets)
+        self._book.update(targets, hurry=hurry)
         return mapped_objects(targets, self._spaces, self._book.facts)
 
     def _copy_object(self, work: Work, each: MappedObject, round: int) -> None:
@@ -312,15 +318,17 @@ class Session:
         self, work: Work, stopped: StoppedTree, objects: list[MappedObject]
     ) -> list[Snapshot]:
         targets = self._tree.targets()
-        if self._refresh(work, targets):
-            _update_objects(objects, self._find_objects())
+        # Maps that read as before may have been others meanwhile, when the objects were opened.
+        if self._refresh(work, targets) or self._map_changes() != self._looked_at:
+            _update_objects(objects, self._find_objects(hurry=True))
         for target in targets:
             self._scan(work, target, work.parts[target.space])
         self._marks.switch()
         self._count(work)
         began = time.monotonic()
         for each in objects:
-            if work.steady.get(each.space) != each.facts:
+            if each.space not in work.steady or work.steady[each.space] != each.still():
+                work.steady.pop(each.space, None)
                 self._copy_object(work, each, 1)
         work.compared_in = time.monotonic() - began
         work.objects = {each.key: each.space for each in objects}

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from crtrace.image.epoch import Epoch
-from crtrace.linux.procfs import Process
+from crtrace.image.tables import FileFlag
+from crtrace.linux.procfs import FileKey, Process
 from crtrace.units import Pid
-
-Key = tuple[int, int]
-"""Device and inode."""
 
 
 class Spaces:
@@ -15,7 +13,7 @@ class Spaces:
 
     def __init__(self) -> None:
         self._programs: dict[tuple[Pid, int], int] = {}
-        self._objects: dict[Key, int] = {}
+        self._objects: dict[FileKey, int] = {}
         self._next = 1
 
     def go_on_from(self, epoch: Epoch) -> None:
@@ -23,8 +21,11 @@ class Spaces:
         for view in epoch.tasks:
             if view.mm:
                 self._programs[Pid(view.task.pid), view.task.start_ticks] = view.mm.space
-        kept = (file for file in epoch.files.values() if file.object_space)
-        self._objects = {(file.dev, file.inode): file.object_space for file in kept}
+        ipc = dict(epoch.tasks[0].task.namespaces).get("ipc", 0) if epoch.tasks else 0
+        for file in epoch.files.values():
+            if file.object_space:
+                segment = ipc if file.flags & FileFlag.SYSV else 0
+                self._objects[file.dev, file.inode, segment] = file.object_space
         self._next = max(epoch.spaces, default=0) + 1
 
     def of_program(self, process: Process) -> int:
@@ -32,7 +33,7 @@ class Spaces:
         known = self._programs.pop((process.pid, process.starttime), 0)
         return known or self._new()
 
-    def of_object(self, key: Key) -> int:
+    def of_object(self, key: FileKey) -> int:
         """For a memory object; always the same."""
         if key not in self._objects:
             self._objects[key] = self._new()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 
-from crtrace.capture.spaces import Key
 from crtrace.capture.target import Target
 from crtrace.capture.tree import Member
 from crtrace.image.imagewriter import ImageWriter
@@ -22,7 +21,7 @@ from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
 from crtrace.image.tables import FileFlag, FileInfo, Files, Vma, VmaFlag, VmaKind, Vmas
 from crtrace.linux import procfs
 from crtrace.linux.files import FileFacts, file_facts
-from crtrace.linux.procfs import Process, Stat, parse_status
+from crtrace.linux.procfs import FileKey, Process, Stat, parse_status
 from crtrace.linux.ptrace import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Tracee
 from crtrace.linux.registers import Registers
 from crtrace.units import Pid
@@ -54,37 +53,42 @@ class Snapshot:
 
 @dataclass(slots=True)
 class FileBook:
-    """Facts of the files that are mapped, asked once for each inode that stays mapped.
+    """Facts of the files that are mapped.
 
-    A file that can be written is asked again in every epoch: its size and time are what tells a
-    later reader whether the file on disk is still the one that was mapped.
+    They are asked for in every epoch: a file may be deleted, and its number given to another one.
+    Its size and time are what tells a later reader whether the file on disk is still the one that
+    was mapped.
     """
 
-    facts: dict[Key, FileFacts | None] = field(default_factory=dict)
-    paths: dict[Key, str] = field(default_factory=dict)
-    ids: dict[Key, int] = field(default_factory=dict)
+    facts: dict[FileKey, FileFacts | None] = field(default_factory=dict)
+    paths: dict[FileKey, str] = field(default_factory=dict)
+    ids: dict[FileKey, int] = field(default_factory=dict)
 
-    def update(self, targets: Iterable[Target]) -> None:
-        """Bring the book up to what the targets map."""
-        mapped: dict[Key, tuple[Process, procfs.Vma]] = {}
+    def update(self, targets: Iterable[Target], *, hurry: bool = False) -> None:
+        """Bring the book up to what the targets map; in a ``hurry``, by what is new or was renamed.
+
+        To be deleted is to be renamed, as the map shows it.
+        """
+        mapped: dict[FileKey, tuple[Process, procfs.Vma]] = {}
         for target in targets:
             for vma in target.map.vmas:
                 if vma.file_backed:
-                    mapped.setdefault((vma.device, vma.inode), (target.process, vma))
+                    key = target.process.file_key(vma)
+                    mapped.setdefault(key, (target.process, vma))
         for key in self.facts.keys() - mapped.keys():
             del self.facts[key], self.paths[key]
         for key, (process, vma) in mapped.items():
             about = self.facts.get(key)
-            if about is None or not about.build_id:
-                self.facts[key] = file_facts(process, vma)
+            if about is None or not hurry or self.paths[key] != vma.name:
+                self.facts[key] = file_facts(process, vma, about)
             self.paths[key] = vma.name
             self.ids.setdefault(key, len(self.ids) + 1)
 
-    def identify(self, vma: procfs.Vma) -> int:
+    def identify(self, process: Process, vma: procfs.Vma) -> int:
         """The file id of a VMA; 0 when it maps none."""
-        return self.ids.get((vma.device, vma.inode), 0) if vma.file_backed else 0
+        return self.ids.get(process.file_key(vma), 0) if vma.file_backed else 0
 
-    def rows(self, objects: dict[Key, int]) -> tuple[FileInfo, ...]:
+    def rows(self, objects: dict[FileKey, int]) -> tuple[FileInfo, ...]:
         """The file table; ``objects`` are the spaces of those whose contents are kept."""
         return tuple(
             _file_row(self.ids[key], key, about, self.paths[key], objects.get(key, 0))
@@ -92,7 +96,9 @@ class FileBook:
         )
 
 
-def _file_row(number: int, key: Key, about: FileFacts | None, path: str, space: int) -> FileInfo:
+def _file_row(
+    number: int, key: FileKey, about: FileFacts | None, path: str, space: int
+) -> FileInfo:
     about = about or FileFacts(0, 0, 1, False)
     deleted = path.endswith(" (deleted)")
     flags = (
@@ -118,9 +124,9 @@ _KINDS = {
 }
 
 
-def vma_row(vma: procfs.Vma, advice: int, book: FileBook, objects: dict[Key, int]) -> Vma:
-    """A VMA as the image records it; ``advice``: its flags beyond protection."""
-    key = (vma.device, vma.inode)
+def vma_row(target: Target, vma: procfs.Vma, book: FileBook, objects: dict[FileKey, int]) -> Vma:
+    """A VMA as the image records it."""
+    key = target.process.file_key(vma)
     about = book.facts.get(key) if vma.file_backed else None
     kind = _KINDS.get(vma.name, VmaKind.FILE if vma.file_backed else VmaKind.ANON)
     if about and about.hugetlb:
@@ -129,12 +135,12 @@ def vma_row(vma: procfs.Vma, advice: int, book: FileBook, objects: dict[Key, int
         kind = VmaKind.SHM
     elif about and not about.regular:
         kind = VmaKind.DEVICE
-    flags = vma.flags | advice
+    flags = vma.flags | target.advice.flags.get((vma.start, vma.end), 0)
     if about and about.regular and not about.memory and about.links:
         flags |= VmaFlag.FILE_BEHIND
     return Vma(
         start=vma.start, end=vma.end, pgoff=vma.offset, flags=flags, kind=kind,
-        file=book.identify(vma), object_space=objects.get(key, 0) if vma.file_backed else 0,
+        file=book.identify(target.process, vma), object_space=objects.get(key, 0) if vma.file_backed else 0,
         name=vma.name,
     )  # fmt: skip
 
@@ -156,7 +162,7 @@ def hostname() -> str:
 
 
 def write_records(
-    image: ImageWriter, snapshots: list[Snapshot], book: FileBook, objects: dict[Key, int]
+    image: ImageWriter, snapshots: list[Snapshot], book: FileBook, objects: dict[FileKey, int]
 ) -> None:
     """Write processes, address spaces, files and threads, after the pause."""
     image.add(_arch(snapshots))
@@ -168,10 +174,7 @@ def write_records(
         above = tasks.get(Pid(snapshot.stat.ppid), 0)
         task = tasks[member.process.pid] = image.add(member.recorded, parent=above)
         mm = image.add(_mm(snapshot, book), parent=task)
-        rows = (
-            vma_row(vma, target.advice.flags.get((vma.start, vma.end), 0), book, objects)
-            for vma in snapshot.vmas
-        )
+        rows = (vma_row(target, vma, book, objects) for vma in snapshot.vmas)
         image.add(Vmas(tuple(rows)), parent=mm)
         for tracee in snapshot.threads:
             thread = image.add(_thread(member.process, tracee, snapshot), parent=task)
@@ -241,7 +244,7 @@ def _mm(snapshot: Snapshot, book: FileBook) -> Mm:
     first = next(named, None)
     dump_filter = _or_empty(lambda: process.read("coredump_filter")) or b"0"
     return Mm(
-        space=target.space, exe_file=book.identify(first) if first else 0,
+        space=target.space, exe_file=book.identify(process, first) if first else 0,
         start_code=stat.startcode, end_code=stat.endcode, start_data=stat.start_data,
         end_data=stat.end_data, start_brk=stat.start_brk, brk=max(heap, default=stat.start_brk),
         start_stack=stat.startstack, arg_start=stat.arg_start, arg_end=stat.arg_end,

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from crtrace.capture.copy import Copied, Failures
-from crtrace.capture.spaces import Key
-from crtrace.linux.files import FileFacts
+from crtrace.capture.objects import Still
+from crtrace.linux.procfs import FileKey
 from crtrace.track.dirty import Counts
 from crtrace.units import U64, contains, count_pages, merge, no_pages, to_ranges
 
@@ -75,8 +75,8 @@ class Work:
     lost_events: int = 0
     map_changes: int = 0
     limits: list[str] = field(default_factory=list)
-    objects: dict[Key, int] = field(default_factory=dict)
-    steady: dict[int, FileFacts] = field(default_factory=dict)
+    objects: dict[FileKey, int] = field(default_factory=dict)
+    steady: dict[int, Still] = field(default_factory=dict)
     """Objects that nobody writes, by space, as they were when they were read."""
     populated: dict[int, U64] = field(default_factory=dict)
     """What objects hold, by space."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
+import signal
 import stat
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from crtrace.linux.addrspace import open_mapped
 from crtrace.linux.procfs import Process, Vma
@@ -27,10 +29,13 @@ class FileFacts:
     memory: bool = False
     hugetlb: bool = False
     build_id: bytes = b""
+    ctime_ns: int = 0
 
 
-def file_facts(process: Process, vma: Vma) -> FileFacts | None:
+def file_facts(process: Process, vma: Vma, before: FileFacts | None) -> FileFacts | None:
     """Facts of what a VMA maps, or None where they cannot be had.
+
+    ``before``, what was known of that inode number, is right still if nothing of it changed.
 
     Read through ``map_files``, which reaches the inode itself: right also for a file that was
     deleted, replaced or lies in another mount namespace. Only regular files are opened, since
@@ -38,7 +43,12 @@ def file_facts(process: Process, vma: Vma) -> FileFacts | None:
     """
     try:
         info = os.stat(f"map_files/{vma.map_files_name}", dir_fd=process.dirfd)
-        facts = FileFacts(info.st_size, info.st_mtime_ns, info.st_nlink, stat.S_ISREG(info.st_mode))
+        facts = FileFacts(
+            info.st_size, info.st_mtime_ns, info.st_nlink, stat.S_ISREG(info.st_mode),
+            ctime_ns=info.st_ctime_ns,
+        )  # fmt: skip
+        if before and replace(facts, build_id=before.build_id) == before:
+            return before  # the rest of memory objects differs; they are asked each time
         return _look_inside(process, vma, facts) if facts.regular else facts
     except OSError:
         return None
@@ -51,7 +61,7 @@ def _look_inside(process: Process, vma: Vma, facts: FileFacts) -> FileFacts:
         memory = magic in (TMPFS_MAGIC, HUGETLBFS_MAGIC)
         return FileFacts(
             facts.size, facts.mtime_ns, facts.links, True, memory, magic == HUGETLBFS_MAGIC,
-            b"" if memory else read_build_id(fd),
+            b"" if memory else read_build_id(fd), facts.ctime_ns,
         )  # fmt: skip
     finally:
         os.close(fd)
@@ -60,6 +70,20 @@ def _look_inside(process: Process, vma: Vma, facts: FileFacts) -> FileFacts:
 def _filesystem_magic(fd: int) -> int:
     buffer = (ctypes.c_long * 32)()
     return int(buffer[0]) if _fstatfs(fd, ctypes.byref(buffer)) == 0 else 0
+
+
+def nobody_writes(fd: int) -> bool:
+    """Whether nobody has the file, open here for reading, open for writing; False if unknown.
+
+    The kernel gives a read lease under just that condition. It is given back at once.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # of an open in this moment; it is ignored
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except OSError:
+        return False
+    return True
 
 
 def read_build_id(fd: int) -> bytes:

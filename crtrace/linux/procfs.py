@@ -27,6 +27,11 @@ _MAPS_LINE = re.compile(
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
+FileKey = tuple[int, int, int]
+"""What tells one mapped inode from all others: device, inode number, and the IPC namespace of a
+System V segment, whose inode number is its id there; 0 for what is none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Vma:
     """One line of ``/proc/PID/maps``: a half-open range of addresses with one backing."""
@@ -47,8 +52,11 @@ class Vma:
 
     @property
     def file_backed(self) -> bool:
-        """Backed by an inode: a file, memfd, shm segment, or shared anonymous memory."""
-        return self.inode != 0
+        """Backed by an inode: a file, memfd, shm segment, or shared anonymous memory.
+
+        The inode number alone does not tell: the first System V segment has 0.
+        """
+        return self.inode != 0 or self.device != 0
 
     @property
     def first_page(self) -> int:
@@ -286,6 +294,15 @@ class Process:
     def maps(self) -> list[Vma]:
         """Its VMAs now."""
         return parse_maps(self.read("maps"))
+
+    def file_key(self, vma: Vma) -> FileKey:
+        """What tells the inode that one of its VMAs maps from others."""
+        return vma.device, vma.inode, self.ipc_namespace if vma.name.startswith("/SYSV") else 0
+
+    @cached_property
+    def ipc_namespace(self) -> int:
+        """The inode of its IPC namespace when first asked."""
+        return os.stat("ns/ipc", dir_fd=self.dirfd).st_ino
 
     @cached_property
     def comm(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.live.harness import Target
 
 HERE = Path(__file__).parent
 Spawn = Callable[..., Target]
+Places = Callable[[str], Path]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,6 +42,13 @@ def reserved_hugetlb_pages(count: int) -> Iterator[int]:
     finally:
         if setting.exists():
             setting.write_text(str(before))
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[Places]:
+    """Where an object of a kind is made: ``places("shm")`` is in /dev/shm, others on a disk."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="crtrace-test-") as shm:
+        yield lambda kind: Path(shm) if kind == "shm" else tmp_path
 
 
 @pytest.fixture

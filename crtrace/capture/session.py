@@ -181,6 +181,7 @@ class Session:
         self._tree.departed.clear()
         for target in self._tree.targets():
             target.fresh = False
+            target.recent = work.parts[target.space].scanned if target.pins.direct else no_pages()
 
     # ---- while the targets run -----------------------------------------------------------------
 
@@ -352,7 +353,8 @@ class Session:
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)
         work.unarmed += count_pages(scan.unarmed)
-        residual = subtract(merge(scan.written, part.retry()), part.gone)
+        again = merge(part.retry(), target.pinned(part.scanned))
+        residual = subtract(merge(scan.written, again), part.gone)
         if part.whole and not part.rounds:
             residual = merge(residual, vdso)
         work.residual += self._copy(target, part, residual, lambda pages: None)

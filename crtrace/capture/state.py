@@ -140,7 +140,8 @@ def vma_row(target: Target, vma: procfs.Vma, book: FileBook, objects: dict[FileK
         flags |= VmaFlag.FILE_BEHIND
     return Vma(
         start=vma.start, end=vma.end, pgoff=vma.offset, flags=flags, kind=kind,
-        file=book.identify(target.process, vma), object_space=objects.get(key, 0) if vma.file_backed else 0,
+        file=book.identify(target.process, vma),
+        object_space=objects.get(key, 0) if vma.file_backed else 0,
         name=vma.name,
     )  # fmt: skip
 

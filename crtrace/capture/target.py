@@ -10,12 +10,13 @@ from crtrace.image.tables import VmaFlag
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import scanner
+from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import StoppedProcess, signals_held
 from crtrace.track.armer import Armer
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
-from crtrace.units import U64, no_pages
+from crtrace.units import U64, merge, no_pages
 
 
 class Target:
@@ -33,6 +34,11 @@ class Target:
         self.armed = False
         self.fresh = True
         self.carried = no_pages()
+        self.recent = no_pages()
+        """What was written for the last epoch, if a direct read may still be under way into it."""
+        self.pins = Pins()
+        self.limits: list[str] = []
+        """What of it is not seen, and why."""
         self._pagemap = -1
         self.armer: Armer = CompareArmer(process, self.map)
         self.reader = MemoryReader(process)
@@ -77,6 +83,33 @@ class Target:
         except TargetGone:
             return False
         return same and self.reader.same_program(self._landmark[0])
+
+    def look_for_pins(self) -> None:
+        """Find what may be written without a fault; while it runs, once an epoch."""
+        self.limits = []
+        if isinstance(self.armer, CompareArmer):
+            return  # all is read each time anyway
+        self.pins.find(self.process)
+        who = f"process {self.process.pid}"
+        if pinned := self.pins.unexplained(self.process):
+            self.limits.append(
+                f"{who}: what a device writes into {pinned} pinned bytes is not seen"
+            )
+        if rings := self.pins.unmapped_rings(self.process, self.map):
+            self.limits.append(f"{who}: {rings} io_uring rings without a mapping are not seen")
+        if self.pins.direct and (self.pins.rings or self._has_aio()):
+            self.limits.append(f"{who}: direct reads that last longer than an epoch are not seen")
+
+    def _has_aio(self) -> bool:
+        return any(vma.name.startswith("/[aio]") for vma in self.map.vmas)
+
+    def pinned(self, scanned: U64) -> U64:
+        """Pages to read whatever the scan says; while it is stopped. ``scanned``: what was found
+        written for this epoch, and armed again, perhaps before a direct read into it ended."""
+        if isinstance(self.armer, CompareArmer):
+            return no_pages()
+        fixed = self.pins.ranges(self.process)
+        return merge(fixed, scanned, self.recent) if self.pins.direct else fixed
 
     def vdso(self) -> U64:
         """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""

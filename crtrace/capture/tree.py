@@ -110,6 +110,8 @@ class Tree:
     def limits(self) -> list[str]:
         """What of the tree is not in the images, and why."""
         found = [f"process {pid} is left out: {why}" for pid, why in self.refused.items()]
+        for target in self.targets():
+            found += target.limits
         if lost := self._marks.lost_children() - self._lost:
             found.append(f"{lost} forks were not followed in time: too many processes at once")
         return found
@@ -132,6 +134,8 @@ class Tree:
                 member.tgid = self._marks.resolve(member.process)
         for target in self.targets():
             self._arm(target)
+            with suppress(TargetGone):
+                target.look_for_pins()
 
     def _arm(self, target: Target) -> None:
         """Arm it if it is not. Where that fails it is read whole in the pause; only the target

@@ -19,7 +19,7 @@ from tests.live.conftest import reserved_hugetlb_pages
 from tests.live.exactness import Judged, judged, reader
 from tests.live.harness import Target, Untouched, shadow_mismatches
 
-ARMERS = ("userfaultfd",)
+ARMERS = ("userfaultfd", "compare")
 
 WAYS = {
     "stores by several threads": "threads",
@@ -101,14 +101,10 @@ WAYS = {
     "the program's own userfaultfd": "own_uffd",
 }
 
-PINNED = ("uring_fixed", "uring_fixed_direct")
-"""The kernel writes pages that were pinned before the watch began: no fault, and no protection."""
-RACING = ("sharing_child_at_full_speed", "aio_direct_at_full_speed")
-"""A process or a device writes during the pause itself."""
+RACING = ("aio_direct_at_full_speed",)
+"""A device writes during the pause itself."""
 BY_CHANCE = ("aio_direct_at_full_speed",)
 """Of those, it is not in every run that the device writes just then."""
-UNSEEN = ("deleted_by_another",)
-"""A file is taken as unchanged whose size and time are, but stores leave no new time each."""
 FROM_OUTSIDE = (
     "vm_writev", "poke", "proc_mem", "shared_by_another", "deleted_by_another",
     "sharing_child_from_before", "sharing_child_that_ends", "sharing_child_that_stays",
@@ -299,9 +295,7 @@ def stage(machine: None, armer: str, tmp_path_factory: pytest.TempPathFactory) -
 
 def expected_to_fail(ways: dict[str, str]) -> list[Any]:
     """The ways as parameters; those that are known to be missed must be missed."""
-    known = dict.fromkeys(PINNED, "written through pins")
-    known |= dict.fromkeys(RACING, "written during the pause")
-    known |= dict.fromkeys(UNSEEN, "written without a new time")
+    known = dict.fromkeys(RACING, "written during the pause")
 
     def marks(way: str) -> list[pytest.MarkDecorator]:
         if way not in known:
@@ -333,7 +327,7 @@ def test_all_ways_in_any_order(
     tmp_path: Path, seed: int, record_property: Callable[..., None]
 ) -> None:
     rng = random.Random(seed)
-    ways = [way for way in WAYS.values() if way not in PINNED + RACING + UNSEEN]
+    ways = [way for way in WAYS.values() if way not in RACING]
     inside = [way for way in ways if way not in FROM_OUTSIDE]
     with scene(tmp_path, seed) as it:
         for _ in range(EPOCHS):

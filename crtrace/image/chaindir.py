@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from crtrace.errors import CrtraceError, ImageDamaged, NotPermitted, UsageError
+from crtrace.faults import point
 
 INDEX_NAME = "chain.idx"
 LOCK_NAME = "lock"
@@ -79,6 +80,7 @@ class ChainDir:
         where = Path(path)
         with explained("making", where):
             try:
+                point("mkdir")
                 os.mkdir(where, 0o700)
             except FileExistsError:
                 pass
@@ -136,19 +138,24 @@ class ChainDir:
     def create(self, name: str) -> int:
         """A descriptor of the new, empty file ``name``, mode 0600."""
         with explained("making", self.path / name):
+            point("create")
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | SAFE
             return os.open(name, flags, 0o600, dir_fd=self.fd)
 
     def publish(self, fd: int, name: str) -> None:
         """Give the finished ``name.part`` its name: on disk when this returns."""
         with explained("writing", self.path / name):
+            point("fdatasync")
             os.fdatasync(fd)
+            point("rename")
             os.rename(name + PART, name, src_dir_fd=self.fd, dst_dir_fd=self.fd)
+            point("fsync of the directory")
             os.fsync(self.fd)
 
     def remove(self, name: str) -> None:
         """Remove a file if it is there."""
         try:
+            point("unlink")
             os.unlink(name, dir_fd=self.fd)
         except FileNotFoundError:
             return

@@ -11,6 +11,7 @@ from typing import Any, Self
 from xxhash import xxh3_64_intdigest
 
 from crtrace.errors import FormatTooNew, ImageDamaged
+from crtrace.faults import point
 from crtrace.image.chaindir import INDEX_NAME, PART, ChainDir, explained
 from crtrace.image.framing import MAJOR, MINOR
 from crtrace.image.header import NO_EPOCH, NO_ID
@@ -192,8 +193,10 @@ class IndexFile:
         data = entry.pack(self._chain_id)
         with explained("writing", self._path):
             try:
+                point("pwrite of the index entry")
                 if os.pwrite(self._fd, data, self._end) != len(data):
                     raise OSError(28, "No space left on device")
+                point("fdatasync of the index")
                 os.fdatasync(self._fd)
             except BaseException:
                 os.ftruncate(self._fd, self._end)
@@ -212,6 +215,7 @@ def create_index(directory: ChainDir, chain_id: bytes, created_ns: int) -> None:
     fd = directory.create(INDEX_NAME + PART)
     try:
         with explained("writing", directory.path / INDEX_NAME):
+            point("pwrite of the index")
             os.pwrite(fd, pack_header(chain_id, created_ns), 0)
         directory.publish(fd, INDEX_NAME)
     except BaseException:

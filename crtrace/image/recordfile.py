@@ -10,6 +10,7 @@ import numpy as np
 from xxhash import xxh3_128_digest
 
 from crtrace.errors import CrtraceError
+from crtrace.faults import point
 from crtrace.image.chaindir import PART, ChainDir, explained
 from crtrace.image.framing import (
     DIRECTORY_ROW,
@@ -81,6 +82,7 @@ class RecordFile:
         left = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
         with explained("writing", self._directory.path / self._name):
             while left:
+                point("pwritev")
                 done = os.pwritev(self._fd, left, offset)
                 # Begin to write to disk now: less is left for the end, and the page cache is
                 # spared, which others may need more than an image that nobody reads.

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from crtrace.errors import CrtraceError, TargetBusy, TargetGone
+from crtrace.faults import point
 from crtrace.linux import ptrace as pt
 from crtrace.linux.libc import pidfd_getfd, ptrace
 from crtrace.linux.procfs import EXEC, Process, Vma
@@ -158,7 +159,7 @@ class Injector:
             if self._began:
                 self._give_back()
             ptrace(pt.SETOPTIONS, self._thread.tid, 0, 0)
-            os.pwrite(self._memory, self._saved, self._base)
+            self._write(self._saved)
         finally:
             os.close(self._memory)
 
@@ -182,7 +183,11 @@ class Injector:
         way = xstate.ljust(self._frames - self._base, b"\0")
         way += signal_frame(self._gadgets.sigreturn, close, ALL_SIGNALS, self._base)
         way += signal_frame(self._gadgets.sigreturn, self._home, self._mask, self._base)
-        os.pwrite(self._memory, way, self._base)
+        self._write(way)
+
+    def _write(self, data: bytes) -> None:
+        point("pwrite /proc/PID/mem")
+        os.pwrite(self._memory, data, self._base)
 
     def _call_registers(self, number: int, args: tuple[int, ...], stack: int) -> Registers:
         named = dict(zip(("rdi", "rsi", "rdx", "r10", "r8", "r9"), args, strict=False))

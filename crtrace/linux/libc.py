@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from crtrace.faults import point
 from crtrace.units import U64, Pid
 
 if TYPE_CHECKING:
@@ -18,6 +20,7 @@ SYS_KCMP, _KCMP_VM = 312, 1
 SYS_BPF = 321
 SYS_PIDFD_GETFD = 438
 IOV_MAX = 1024
+_NAMES = {SYS_BPF: "bpf", SYS_PIDFD_GETFD: "pidfd_getfd"}
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -32,6 +35,7 @@ _mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 def syscall(number: int, *args: int) -> int:
     """The result of a system call; ``OSError`` with its errno when it fails."""
+    point(_NAMES.get(number, "syscall"), args[0] if number == SYS_BPF else "")
     padded = args + (0,) * (6 - len(args))
     result: int = _syscall(number, *padded)
     if result == -1:
@@ -42,12 +46,25 @@ def syscall(number: int, *args: int) -> int:
 
 def ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
     """``ptrace(2)``. Every call for a tracee must come from the thread that seized it."""
+    point("ptrace", request)
     ctypes.set_errno(0)
     result: int = _ptrace(request, tid, addr, data)
     errno = ctypes.get_errno()
     if result == -1 and errno:
         raise OSError(errno, os.strerror(errno), f"thread {tid}")
     return result
+
+
+def waitpid(tid: int, options: int = 0) -> tuple[int, int]:
+    """``waitpid(2)``: who it was, and the raw wait status."""
+    point("waitpid")
+    return os.waitpid(tid, options)
+
+
+def ioctl(name: str, fd: int, request: int, argument: bytes | bytearray) -> int:
+    """``ioctl(2)``, ``name`` being what it is called in the kernel; a bytearray is changed."""
+    point(name)
+    return fcntl.ioctl(fd, request, argument)
 
 
 def process_vm_readv(pid: Pid, local: int, size: int, remote: U64) -> int:
@@ -57,6 +74,7 @@ def process_vm_readv(pid: Pid, local: int, size: int, remote: U64) -> int:
     fewer than asked when a piece could not be read, 0 when that was the first. Other failures
     (``ESRCH``, ``EPERM``) are raised.
     """
+    point("process_vm_readv")
     here = (ctypes.c_ulong * 2)(local, size)
     result: int = _syscall(
         SYS_PROCESS_VM_READV, pid, ctypes.addressof(here), 1, remote.ctypes.data, len(remote), 0

@@ -9,6 +9,7 @@ import os
 import numpy as np
 
 from crtrace.errors import TargetGone
+from crtrace.faults import point
 from crtrace.linux.libc import IOV_MAX, process_vm_readv
 from crtrace.linux.procfs import Process
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, count_pages
@@ -70,6 +71,7 @@ class MemoryReader:
 
     def _read_page(self, address: int, out: Bytes) -> int:
         """One page through ``/proc/PID/mem``, which also reads what has no read permission."""
+        point("preadv /proc/PID/mem")
         try:
             got = os.preadv(self._mem, [out.data], address)
         except OSError as error:

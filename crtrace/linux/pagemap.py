@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import mmap
 import os
 import struct
@@ -17,7 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from crtrace.errors import TargetGone
+from crtrace.faults import point
 from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.libc import ioctl
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range(6))
@@ -89,6 +90,7 @@ class KernelScanner:
         With ``arm``, each reported page that was written is write-protected in the same step, and
         pages outside write-protect VMAs are passed over in silence (so ask for those apart).
         """
+        name = "PAGEMAP_SCAN, arming" if arm else "PAGEMAP_SCAN"
         exclude = want.exclude & self._known
         parts = []
         while start < end:
@@ -100,7 +102,7 @@ class KernelScanner:
                 )
             )  # fmt: skip
             try:
-                count = fcntl.ioctl(self.fd, _PAGEMAP_SCAN, arg)
+                count = ioctl(name, self.fd, _PAGEMAP_SCAN, arg)
             except ProcessLookupError as error:
                 raise TargetGone("the address space that was scanned is gone") from error
             parts.append(self._vector[:count].copy())
@@ -118,7 +120,7 @@ def supported(fd: int, category: int = PRESENT) -> bool:
         )
     )  # fmt: skip
     try:
-        fcntl.ioctl(fd, _PAGEMAP_SCAN, arg)
+        ioctl("PAGEMAP_SCAN", fd, _PAGEMAP_SCAN, arg)
     except ProcessLookupError:
         pass  # it is known; the process is gone
     except OSError:
@@ -172,6 +174,7 @@ class PlainScanner:
 
     def _words(self, first: int, end: int) -> U64:
         """What ``/proc/PID/pagemap`` has for each of the pages ``[first, end)``."""
+        point("pread /proc/PID/pagemap")
         try:
             raw = os.pread(self.fd, 8 * (end - first), 8 * first)
         except ProcessLookupError as error:

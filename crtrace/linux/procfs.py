@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 import numpy as np
 
 from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone, UsageError
+from crtrace.faults import point
 from crtrace.units import PAGE_SHIFT, U64, Addr, Pid, no_pages
 
 READ, WRITE, EXEC, SHARED = 1, 2, 4, 8
@@ -213,6 +214,7 @@ class Process:
 
     def open(self, name: str, flags: int = os.O_RDONLY) -> int:
         """A descriptor of ``/proc/PID/name``."""
+        point("open", name.rpartition("/")[2])
         try:
             return os.open(name, flags | os.O_CLOEXEC, dir_fd=self.dirfd)
         except OSError as error:

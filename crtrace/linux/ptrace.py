@@ -14,7 +14,8 @@ from types import TracebackType
 from typing import Self
 
 from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone
-from crtrace.linux.libc import ptrace
+from crtrace.faults import pausing, point
+from crtrace.linux.libc import ptrace, waitpid
 from crtrace.linux.procfs import Process, comm_of, thread_status
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.linux.waits import cut_short, started_again
@@ -102,7 +103,7 @@ class Tracee:
     def resume(self, request: int, sig: int = 0) -> int:
         """Let the thread run to its next ptrace stop; the raw wait status of that."""
         ptrace(request, self.tid, 0, sig)
-        _, status = os.waitpid(self.tid, WALL)
+        _, status = waitpid(self.tid, WALL)
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
             raise TargetGone(f"thread {self.tid} ended while crtrace held it")
         return status
@@ -180,6 +181,7 @@ class StoppedProcess:
         for tid in self.tracees:
             _detach(tid)
         self.tracees.clear()
+        pausing(False)
 
 
 def stop_all(processes: list[StoppedProcess], patience: float = PATIENCE) -> None:
@@ -189,6 +191,7 @@ def stop_all(processes: list[StoppedProcess], patience: float = PATIENCE) -> Non
     already stopped is let go.
     """
     deadline = time.monotonic() + patience
+    pausing(True)
     try:
         while fresh := [(each, tids) for each in processes if (tids := each.interrupt())]:
             for each, tids in fresh:
@@ -225,6 +228,7 @@ def _await_stop(tid: Pid, deadline: float) -> bool:
     thread runs another instruction.
     """
     spins = 0
+    point("waitpid for a stop")
     while True:
         try:
             got, status = os.waitpid(tid, WALL | os.WNOHANG)

@@ -7,11 +7,11 @@ write go on, so a target never waits for crtrace, and closing the descriptor und
 from __future__ import annotations
 
 import errno
-import fcntl
 import struct
 from contextlib import suppress
 
 from crtrace.errors import FeatureMissing
+from crtrace.linux.libc import ioctl
 
 SYS_USERFAULTFD = 323
 O_CLOEXEC, USER_MODE_ONLY = 0o2000000, 1
@@ -31,7 +31,7 @@ FEATURES = WP_HUGETLBFS_SHMEM | WP_UNPOPULATED | WP_ASYNC
 def enable(fd: int) -> None:
     """Choose the features; raises ``FeatureMissing`` on a kernel without WP_ASYNC (before 6.7)."""
     try:
-        fcntl.ioctl(fd, _UFFDIO_API, struct.pack("<3Q", _UFFD_API, FEATURES, 0))
+        ioctl("UFFDIO_API", fd, _UFFDIO_API, struct.pack("<3Q", _UFFD_API, FEATURES, 0))
     except OSError as error:
         raise FeatureMissing(
             f"userfaultfd has no asynchronous write protection here: {error.strerror}",
@@ -50,16 +50,16 @@ def register(fd: int, start: int, end: int) -> int:
     that kind. ``ENOMEM``: the range is gone, or its address space is.
     """
     try:
-        fcntl.ioctl(
-            fd, _UFFDIO_REGISTER, struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
-        )
+        registration = struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
+        ioctl("UFFDIO_REGISTER", fd, _UFFDIO_REGISTER, registration)
     except OSError as error:
         return error.errno or errno.EIO
     try:
-        fcntl.ioctl(fd, _UFFDIO_WRITEPROTECT, struct.pack("<3Q", start, end - start, 0))
+        protection = struct.pack("<3Q", start, end - start, 0)
+        ioctl("UFFDIO_WRITEPROTECT", fd, _UFFDIO_WRITEPROTECT, protection)
     except OSError as error:
         # The map changed under us: what was registered of it must not be believed.
         with suppress(OSError):
-            fcntl.ioctl(fd, _UFFDIO_UNREGISTER, struct.pack("<2Q", start, end - start))
+            ioctl("UFFDIO_UNREGISTER", fd, _UFFDIO_UNREGISTER, registration[:16])
         return error.errno or errno.EIO
     return 0

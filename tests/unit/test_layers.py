@@ -15,6 +15,7 @@ ROOT = Path(crtrace.__file__).parent
 MAY_USE = {
     "errors": set(),
     "units": set(),
+    "faults": set(),
     "linux": set(),
     "track": {"linux"},
     "image": set(),
@@ -33,7 +34,7 @@ ONLY_IN = {
     "click": {"cli"},
     "ctypes": {"linux"},
 }  # fmt: skip
-EVERYWHERE = {"errors", "units", "__version__"}
+EVERYWHERE = {"errors", "units", "faults", "__version__"}
 MODULES = sorted(path for path in ROOT.rglob("*.py") if path.parent != ROOT)
 
 
@@ -76,5 +77,5 @@ def test_only_the_command_line_prints(path: Path) -> None:
 
 def test_every_layer_is_there() -> None:
     assert {path.relative_to(ROOT).parts[0] for path in MODULES} == MAY_USE.keys() - {
-        "errors", "units",
+        "errors", "units", "faults",
     }  # fmt: skip

@@ -10,7 +10,9 @@ that matters, so none can be forgotten:
     count:PATH  no fault; a line for each point is appended to the file: number, "paused" or
                 "running", name. ``N:ACTION:PATH`` writes the line of the point that it acts on.
 
-Without it, a point costs one call of a Python function.
+``NAME#N`` in place of N is the N-th of the points of that name: what several threads do, or what is
+done as often as the target writes, shifts the numbers of all that follows. Without the variable, a
+point costs one call of a Python function.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ class _Plan:
     """What is to happen, and how many points were passed so far, by whichever thread."""
 
     def __init__(self, order: str) -> None:
-        number, _, rest = order.partition(":")
+        which, _, rest = order.partition(":")
+        self._name, _, number = which.rpartition("#")
         action, _, path = rest.partition(":")
         if number == "count":
             number, action, path = "0", "", rest
@@ -36,6 +39,8 @@ class _Plan:
         self._numbers = itertools.count(1)  # next() is one step for all threads
 
     def passed(self, name: str) -> None:
+        if self._name and name != self._name:
+            return
         number = next(self._numbers)
         if self._action and number != self._number:
             return

@@ -64,7 +64,8 @@ def waitpid(tid: int, options: int = 0) -> tuple[int, int]:
 def ioctl(name: str, fd: int, request: int, argument: bytes | bytearray) -> int:
     """``ioctl(2)``, ``name`` being what it is called in the kernel; a bytearray is changed."""
     point(name)
-    return fcntl.ioctl(fd, request, argument)
+    result = fcntl.ioctl(fd, request, argument)
+    return result if isinstance(result, int) else 0
 
 
 def process_vm_readv(pid: Pid, local: int, size: int, remote: U64) -> int:

@@ -7,8 +7,8 @@ import errno
 import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -103,7 +103,10 @@ class Tracee:
     def resume(self, request: int, sig: int = 0) -> int:
         """Let the thread run to its next ptrace stop; the raw wait status of that."""
         ptrace(request, self.tid, 0, sig)
-        _, status = waitpid(self.tid, WALL)
+        try:
+            _, status = waitpid(self.tid, WALL)
+        except (MemoryError, OSError):
+            _, status = waitpid(self.tid, WALL)  # only a stopped thread can be put right
         if os.WIFEXITED(status) or os.WIFSIGNALED(status):
             raise TargetGone(f"thread {self.tid} ended while crtrace held it")
         return status
@@ -156,12 +159,13 @@ class StoppedProcess:
                 del self.tracees[tid]
 
     def _seize(self, tid: Pid) -> bool:
+        buffer = self._spare.pop() if self._spare else ctypes.create_string_buffer(XSTATE_MAX)
+        self.tracees[tid] = Tracee(tid, buffer)  # before, so that nothing is held and forgotten
         try:
             ptrace(SEIZE, tid)
         except OSError as error:
+            del self.tracees[tid]
             return _explain_refusal(error, self.process.pid, tid)
-        buffer = self._spare.pop() if self._spare else ctypes.create_string_buffer(XSTATE_MAX)
-        self.tracees[tid] = Tracee(tid, buffer)
         with suppress(ProcessLookupError):  # it died since; waiting for it will tell
             ptrace(INTERRUPT, tid)
         return True
@@ -174,14 +178,37 @@ class StoppedProcess:
     def release(self) -> None:
         """Detach from every thread; those that died meanwhile are no error.
 
-        Waits that our stop has ended with EINTR are begun again.
+        Waits that our stop has ended with EINTR are begun again. If something fails twice, the
+        others are let go nevertheless, and then it is raised.
         """
-        for tracee in self.tracees.values():
-            self.waits_given_back += _give_back_wait(self.process.pid, tracee)
-        for tid in self.tracees:
-            _detach(tid)
-        self.tracees.clear()
-        pausing(False)
+        with ExitStack() as steps:  # which all are taken, the last one first
+            steps.callback(pausing, False)
+            for tid in self.tracees:
+                steps.callback(twice, self._let_go, tid)
+            for tracee in self.tracees.values():
+                steps.callback(twice, self._restart_wait, tracee)
+
+    def _restart_wait(self, tracee: Tracee) -> None:
+        self.waits_given_back += _give_back_wait(self.process.pid, tracee)
+
+    def _let_go(self, tid: Pid) -> None:
+        _detach(tid)
+        del self.tracees[tid]
+
+
+def twice(step: Callable[..., object], *args: object) -> None:
+    """Take a step of clearing up, and once more should it fail: memory may be short anywhere."""
+    try:
+        step(*args)
+    except Exception:
+        step(*args)
+
+
+def release_all(processes: Iterable[StoppedProcess]) -> None:
+    """Let go of several, all of them whatever fails for one."""
+    with ExitStack() as steps:
+        for each in processes:
+            steps.callback(each.release)
 
 
 def stop_all(processes: list[StoppedProcess], patience: float = PATIENCE) -> None:
@@ -197,8 +224,7 @@ def stop_all(processes: list[StoppedProcess], patience: float = PATIENCE) -> Non
             for each, tids in fresh:
                 each.wait(tids, deadline)
     except BaseException:
-        for each in processes:
-            each.release()
+        release_all(processes)
         raise
 
 
@@ -241,7 +267,7 @@ def _await_stop(tid: Pid, deadline: float) -> bool:
         elif status >> 16 == EVENT_STOP:
             return True
         else:
-            ptrace(CONT, tid, 0, os.WSTOPSIG(status))
+            twice(ptrace, CONT, tid, 0, os.WSTOPSIG(status))  # else the signal would be lost
 
 
 def _pause_a_little(tid: Pid, spins: int, deadline: float) -> int:
@@ -268,8 +294,8 @@ def _give_back_wait(pid: Pid, tracee: Tracee) -> bool:
         if pending & ~int(status.get("SigBlk", "0"), 16):
             return False
         tracee.set_registers(started_again(registers))
-    except OSError:
-        return False  # it died, or has not reached its stop: nothing may keep it from being let go
+    except ProcessLookupError:
+        return False  # it died, or has not reached its stop
     return True
 
 
@@ -288,6 +314,10 @@ def _detach_running(tid: Pid) -> None:
     There is no giving up: left alone, it would stop later with nobody to resume it. Should this
     process be killed while it waits here, the kernel detaches for it.
     """
+    try:
+        ptrace(INTERRUPT, tid)  # it may have been seized and no more
+    except ProcessLookupError:
+        return  # not even that
     while True:
         try:
             got, status = os.waitpid(tid, WALL | os.WNOHANG)

@@ -146,20 +146,29 @@ class Injector:
         self._frames = 0
         self.scratch = 0
         self._began = False
+        self._opened = -1
+        self._saved = b""
 
     def __enter__(self) -> Injector:
         self._memory = self._process.open("mem", os.O_RDWR)
-        self._lay_way_back()
-        options = pt.O_TRACESYSGOOD | (pt.O_SUSPEND_SECCOMP if self._sandboxed() else 0)
-        ptrace(pt.SETOPTIONS, self._thread.tid, 0, options)
+        try:
+            self._lay_way_back()
+            options = pt.O_TRACESYSGOOD | (pt.O_SUSPEND_SECCOMP if self._sandboxed() else 0)
+            ptrace(pt.SETOPTIONS, self._thread.tid, 0, options)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
+        """Put everything back. If that fails for good, the target is left headed for home."""
         try:
+            if self._opened >= 0:
+                pt.twice(self._close_left)
             if self._began:
-                self._give_back()
-            ptrace(pt.SETOPTIONS, self._thread.tid, 0, 0)
-            self._write(self._saved)
+                pt.twice(self._give_back)
+            pt.twice(ptrace, pt.SETOPTIONS, self._thread.tid, 0, 0)
+            pt.twice(self._write, self._saved)
         finally:
             os.close(self._memory)
 
@@ -178,8 +187,8 @@ class Injector:
         gadget = os.pread(self._memory, len(self._gadgets.call_bytes), self._gadgets.call)
         if gadget != self._gadgets.call_bytes:
             raise CrtraceError(f"the code of process {self._process.pid} changed under us")
-        expected = self._process.lowest_free_fd()
-        close = self._call_registers(SYS_CLOSE, (expected,), self._frames + _FRAME_SIZE)
+        self._expected = self._process.lowest_free_fd()
+        close = self._call_registers(SYS_CLOSE, (self._expected,), self._frames + _FRAME_SIZE)
         way = xstate.ljust(self._frames - self._base, b"\0")
         way += signal_frame(self._gadgets.sigreturn, close, ALL_SIGNALS, self._base)
         way += signal_frame(self._gadgets.sigreturn, self._home, self._mask, self._base)
@@ -205,13 +214,30 @@ class Injector:
         ``opens``: it makes a descriptor, which the target closes should we die before we do.
         """
         stack = self._frames if opens else self._frames + _FRAME_SIZE
+        if opens:
+            self._opened = self._expected  # until we know better
         self._thread.set_registers(self._call_registers(number, args, stack))
         if not self._began:
             self._began = True
             self._thread.set_sigmask(ALL_SIGNALS)
         self._to_syscall_stop()
         self._to_syscall_stop()
-        return self._thread.registers().signed("rax")
+        result = self._thread.registers().signed("rax")
+        if opens:
+            self._opened = result
+        return result
+
+    def close_opened(self) -> None:
+        """Have the target close what the last call opened; done on leaving if it was not before."""
+        if self.call(SYS_CLOSE, self._opened):
+            raise TargetGone("a descriptor could not be closed in the target")
+        self._opened = -1
+
+    def _close_left(self) -> None:
+        """Where a call was broken off it may have opened its descriptor or not."""
+        self._head_home()
+        self.call(SYS_CLOSE, self._opened)
+        self._opened = -1
 
     def _to_syscall_stop(self) -> None:
         """Run to the next entry to or exit from a system call, whatever else comes between."""
@@ -236,17 +262,20 @@ class Injector:
         The kernel restarts an interrupted call only on its way out of a signal stop, so the thread
         is brought into one. Up to the last step it is headed for its own ``rt_sigreturn``.
         """
-        thread = self._thread
-        thread.set_registers(self._way_home())
-        ptrace(pt.INTERRUPT, thread.tid)
+        self._head_home()
+        self._thread.set_sigmask(self._mask)
+        self._thread.set_registers(self._original)
+
+    def _head_home(self) -> None:
+        self._thread.set_registers(self._way_home())
+        ptrace(pt.INTERRUPT, self._thread.tid)
         self._run_until(pt.CONT, lambda status: status >> 16 == pt.EVENT_STOP)
-        thread.set_sigmask(self._mask)
-        thread.set_registers(self._original)
 
     def _way_home(self) -> Registers:
         if not self._gadgets.heals:
             return self._home
-        stack = self._frames + _FRAME_SIZE + 8
+        frame = self._frames if self._opened >= 0 else self._frames + _FRAME_SIZE
+        stack = frame + 8
         return self._original.changed(orig_rax=-1, rip=self._gadgets.sigreturn, rsp=stack)
 
 
@@ -279,11 +308,12 @@ def take_descriptor(injector: Injector, pidfd: int, number: int, *args: int) -> 
     result = injector.call(number, *args, opens=True)
     if result < 0:
         raise OSError(-result, os.strerror(-result))
+    taken = pidfd_getfd(pidfd, result)
     try:
-        taken = pidfd_getfd(pidfd, result)
-    finally:
-        if injector.call(SYS_CLOSE, result):
-            raise TargetGone("a descriptor could not be closed in the target")
+        injector.close_opened()
+    except BaseException:
+        os.close(taken)
+        raise
     return taken
 
 

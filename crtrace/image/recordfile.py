@@ -34,6 +34,7 @@ class RecordFile:
     def __init__(self, directory: ChainDir, name: str) -> None:
         self._directory = directory
         self._name = name
+        directory.remove(name + PART)  # of an attempt whose disk failed even at that
         self._fd = directory.create(name + PART)
         self._lock = threading.Condition()
         self._active = 0

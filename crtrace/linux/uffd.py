@@ -62,4 +62,7 @@ def register(fd: int, start: int, end: int) -> int:
         with suppress(OSError):
             ioctl("UFFDIO_UNREGISTER", fd, _UFFDIO_UNREGISTER, registration[:16])
         return error.errno or errno.EIO
+    except BaseException:
+        ioctl("UFFDIO_UNREGISTER", fd, _UFFDIO_UNREGISTER, registration[:16])
+        raise
     return 0

@@ -116,8 +116,9 @@ class WrittenPages:
 
     def switch(self) -> None:
         """Send marks to the other map from now on; while all targets are stopped."""
-        self._generation ^= 1
-        bpf.update(self._maps["generation"], _u32(0), _u32(self._generation))
+        following = self._generation ^ 1
+        bpf.update(self._maps["generation"], _u32(0), _u32(following))
+        self._generation = following
 
     def drain(self) -> dict[int, U64]:
         """Take what the generation before the last :meth:`switch` marked.

@@ -81,16 +81,23 @@ class UserfaultfdArmer:
         self._space = space
         self._uffd = -1
         self._pagemap = process.open("pagemap")
+        self._refused: set[Vma] = set()
+        self._doubtful = False
+        self.ldt = b""
+        try:
+            self._prepare()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
         if not pagemap.supported(self._pagemap):
-            os.close(self._pagemap)
             raise FeatureMissing(
                 "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 or later is needed"
             )
         self._scanner = KernelScanner(self._pagemap)
-        self._refused: set[Vma] = set()
-        self.ldt = b""
-        space.refresh()
-        self._gadgets = find_gadgets(process, space.vmas)
+        self._space.refresh()
+        self._gadgets = find_gadgets(self._process, self._space.vmas)
 
     @property
     def heals(self) -> bool:
@@ -124,12 +131,18 @@ class UserfaultfdArmer:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._register(space, fresh) if len(fresh) else fresh
+        # What a scan has armed and could not hand over looks as if it had not been written.
+        again, self._doubtful = self._doubtful, True
         written, _ = self._scanner.scan(WRITTEN, arm=True)
+        if again:
+            written = merge(written, self.everything())
         absent, markers = self._not_present_ranges(space)
         of_files = self._of_files(space)
         mapped = merge(space.ranges(lambda vma: not vma.shared))
         gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
-        return Scan(merge(subtract(written, of_files), fresh, markers), gone, unarmed)
+        found = Scan(merge(subtract(written, of_files), fresh, markers), gone, unarmed)
+        self._doubtful = False
+        return found
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""

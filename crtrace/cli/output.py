@@ -55,6 +55,9 @@ def explain(error: Exception) -> int:
     if isinstance(error, OSError):
         note(f"crtrace: {printable(str(error))}", fg="red")
         return 1
+    if isinstance(error, MemoryError):
+        note("crtrace: out of memory; committed epochs are whole", fg="red")
+        return 1
     traceback.print_exception(error)
     note("crtrace: this is a defect of crtrace; what is above would help to mend it", fg="red")
     return 1

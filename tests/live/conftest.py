@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from crtrace.linux.events import open_accounting
+from crtrace.track.loader import Loading, Programs
 from tests.live.harness import Target
 
 HERE = Path(__file__).parent
@@ -21,6 +23,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker("needs_root")
+
+
+@pytest.fixture(scope="module")
+def programs() -> Iterator[Programs]:
+    """The BPF programs, loaded once: a controller that is forked inherits them."""
+    if accounting := open_accounting():
+        accounting.close()  # only for what it imports, which takes long
+    with Loading().result() as loaded:
+        yield loaded
 
 
 @pytest.fixture

@@ -6,57 +6,18 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from crtrace.capture.session import Session
-from crtrace.image.store import ChainWriter
-from crtrace.linux.events import open_accounting
-from crtrace.linux.procfs import Process
-from crtrace.track.dirty import WrittenPages
-from crtrace.track.loader import Loading, Programs
-from crtrace.units import Pid
+from crtrace.track.loader import Programs
 from tests.live.conftest import Spawn
+from tests.live.controllers import HEALING, control, forked, untraced
 from tests.live.exactness import judged
-from tests.live.harness import Untouched, blocked_in, status, tasks, wait_until
+from tests.live.harness import Untouched, blocked_in, status, wait_until
 from tests.live.runner import Watching, run
 
 KILLS = 100
-HEALING = 5.0
-"""Seconds in which a target that was left half way must get a CPU to put itself right."""
-
-
-@pytest.fixture(scope="module")
-def programs() -> Iterator[Programs]:
-    """The BPF programs, loaded once: a controller that is forked inherits them."""
-    if accounting := open_accounting():
-        accounting.close()  # only for what it imports, which takes long
-    with Loading().result() as loaded:
-        yield loaded
-
-
-def _control(pid: int, path: Path, programs: Programs) -> None:
-    """A controller's whole life: attach, then one epoch after another."""
-    with ChainWriter.open(path, create=True) as chain:
-        session = Session(Process(Pid(pid)), chain, WrittenPages(programs))
-        while True:
-            session.checkpoint()
-
-
-def _fork_controller(pid: int, path: Path, programs: Programs) -> int:
-    child = os.fork()
-    if child:
-        return child
-    try:
-        _control(pid, path, programs)
-    finally:
-        os._exit(1)  # only reached if it failed by itself
-
-
-def _untraced(pid: int) -> bool:
-    return all(status(pid, tid)["TracerPid"] == "0" for tid in tasks(pid))
 
 
 def test_a_controller_killed_at_any_moment_leaves_no_trace(
@@ -70,12 +31,12 @@ def test_a_controller_killed_at_any_moment_leaves_no_trace(
     waiting = blocked_in(target.pid, reader)
     epochs = []
     for number in range(KILLS):
-        controller = _fork_controller(target.pid, path, programs)
+        controller = forked(lambda: control(target.pid, path, programs))
         # Half of them while it attaches, which takes some milliseconds.
         time.sleep(rng.uniform(0.0, 0.015) if number % 2 else rng.uniform(0.0, 0.4))
         os.kill(controller, signal.SIGKILL)
         assert os.waitpid(controller, 0)[1] == signal.SIGKILL, "the controller failed by itself"
-        wait_until(lambda: _untraced(target.pid), "the kernel lets the target go")
+        wait_until(lambda: untraced(target.pid), "the kernel lets the target go")
         # Its main thread comes and goes; of the others, two check their own registers.
         before.assert_same(ignore=["registers"], patience=HEALING)
         wait_until(lambda: blocked_in(target.pid, reader) == waiting, "the same wait goes on")
@@ -99,7 +60,7 @@ def test_the_program_itself_killed_leaves_no_trace(
     with Watching(target.pid, tmp_path / "chain", "--interval", 0.01) as watching:
         time.sleep(delay)
         os.kill(watching.pid, signal.SIGKILL)
-    wait_until(lambda: _untraced(target.pid), "the kernel lets the target go")
+    wait_until(lambda: untraced(target.pid), "the kernel lets the target go")
     before.assert_same(ignore=["registers"], patience=HEALING)
     target.terminate_and_check()
 

@@ -22,6 +22,8 @@ import itertools
 import os
 import signal
 
+_ACTIONS = ("kill", "stop", "memory", "enospc")
+
 
 class _Plan:
     """What is to happen, and how many points were passed so far, by whichever thread."""
@@ -30,9 +32,10 @@ class _Plan:
         which, _, rest = order.partition(":")
         self._name, _, number = which.rpartition("#")
         action, _, path = rest.partition(":")
-        if number == "count":
+        counting = which == "count"
+        if counting:
             number, action, path = "0", "", rest
-        if not number.isdigit() or action not in ("", "kill", "stop", "memory", "enospc"):
+        if not number.isdigit() or (action not in _ACTIONS and not counting):
             raise ValueError(f"CRTRACE_FAULT is {order!r}; see crtrace/faults.py")
         self._number, self._action = int(number), action
         self._log = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600) if path else -1

@@ -1,9 +1,9 @@
 """Dying and failing at the numbered points of ``crtrace/faults.py``.
 
-The points of a run are counted first. Where the points are few they are all replayed. The whole
-program has many that differ in nothing but the thread, mapping or record: of it, each run replays
-every point whose neighbour before has another name, and of the others a share that a random offset
-moves, so that over several runs each has its turn. The offset is in the message of a failure.
+The points of a run are counted first. Those of the code that holds threads are all replayed. The
+whole program has many that differ in nothing but the thread, mapping or record: of it, each run
+replays every pair of names that follow each other, once, and of the others a share that a random
+offset moves, so that over several runs each has its turn. A failure names the point.
 """
 
 from __future__ import annotations
@@ -69,12 +69,16 @@ def _points(log: Path) -> list[Point]:
 
 def _share(points: list[Point], one_in: int, offset: int) -> list[Point]:
     """Those to replay: see above."""
-    before = [Point(False, "", 0), *points]
-    return [
-        point
-        for at, (point, last) in enumerate(zip(points, before, strict=False))
-        if (point.name, point.paused) != (last.name, last.paused) or at % one_in == offset % one_in
-    ]
+    chosen: list[Point] = []
+    steps: set[tuple[str, str, bool]] = set()
+    before = ""
+    for at, point in enumerate(points):
+        step = (before, point.name, point.paused)
+        if step not in steps or at % one_in == offset % one_in:
+            chosen.append(point)
+        steps.add(step)
+        before = point.name
+    return chosen
 
 
 @pytest.fixture
@@ -119,6 +123,12 @@ def _assert_well(target: Target, before: Untouched, patience: float = HEALING) -
     target.obey("check")
 
 
+def _replay(target: Target, before: Untouched, life: Callable[[], None], order: str) -> bool:
+    reached = _die(life, order)
+    _assert_well(target, before)
+    return reached
+
+
 def _inject(pid: int) -> None:
     """The call that is injected to arm a process."""
     with closing(Process(Pid(pid))) as process:
@@ -148,15 +158,13 @@ def test_killed_before_any_call_to_one_of_many_threads(
     held = [point for point in points if point.name.startswith("ptrace")]
     assert len(held) > 32 * 4
     assert all(point.paused for point in held)
-    reached = 0
-    for point in points:
-        reached += _die(partial(life, target.pid), point.order("kill"))
-        _assert_well(target, before)
+    doing = partial(life, target.pid)
+    reached = sum(_replay(target, before, doing, point.order("kill")) for point in points)
     assert reached > len(points) * 0.9
     target.terminate_and_check()
 
 
-@pytest.mark.parametrize(("action", "one_in"), [("kill", 40), ("stop", 0)])
+@pytest.mark.parametrize(("action", "one_in"), [("kill", 25), ("stop", 0)])
 def test_killed_anywhere_leaves_a_target_and_a_chain(
     spawn: Spawn, tmp_path: Path, programs: Programs, action: str, one_in: int
 ) -> None:
@@ -167,23 +175,19 @@ def test_killed_anywhere_leaves_a_target_and_a_chain(
     _counted(life, tmp_path / "first")
     points = _counted(life, tmp_path / "points")  # with a chain to go on with
     offset = random.randrange(1000)
-    chosen = _share(points, one_in, offset) if one_in else points[offset % 20 :: 20]
+    chosen = _share(points, one_in, offset) if one_in else points[offset % 16 :: 16]
     reached = sum(_replay(target, before, life, point.order(f"{action}:{log}")) for point in chosen)
     assert reached > len(chosen) * 0.9, f"offset {offset}"
     missed = {point.name for point in chosen} - {point.name for point in _points(log)}
     assert not missed, f"never at {missed}, offset {offset}"
-    assert len(verified(path)) > 4
+    # What the last one left unfinished may still lie there.
+    (report,) = run("verify", path, "--json").expect(0).events
+    assert len(report["epochs"]) > 4
     with judged(target.pid, path) as after:
         after.take()
         after.take()
     assert verified(path)
     target.terminate_and_check()
-
-
-def _replay(target: Target, before: Untouched, life: Callable[[], None], order: str) -> bool:
-    reached = _die(life, order)
-    _assert_well(target, before)
-    return reached
 
 
 BEGINNING = ("mkdir", "create", "pwrite of", "fdatasync", "fsync", "rename", "unlink")
@@ -251,7 +255,8 @@ def test_an_epoch_that_fails_anywhere_carries_its_pages_on(
         faults.plan("")
         points = _points(log)
         raised = 0
-        for at, point in enumerate(points):
+        chosen = _share(points, 20, random.randrange(1000))
+        for at, point in enumerate(chosen):
             target.obey(f"write {at % 50 + 1}")  # what a lost set would miss
             faults.plan(point.order(action))
             try:
@@ -262,12 +267,12 @@ def test_an_epoch_that_fails_anywhere_carries_its_pages_on(
             assert untraced(target.pid), point
             _assert_well(target, before, 0.0)
             run.take(f"after {point}")
-        assert raised > len(points) / 2
+        assert raised > len(chosen) / 2
     assert verified(tmp_path / "chain")
     target.terminate_and_check()
 
 
-@pytest.mark.parametrize("where", ["mkdir", "create", "pwritev", "fdatasync", INDEX_ENTRY])
+@pytest.mark.parametrize("where", ["create", "pwritev", INDEX_ENTRY])
 def test_a_full_disk_is_said_plainly(spawn: Spawn, tmp_path: Path, where: str) -> None:
     target = spawn("tiny", *QUIET)
     before = Untouched(target.pid)
@@ -280,7 +285,7 @@ def test_a_full_disk_is_said_plainly(spawn: Spawn, tmp_path: Path, where: str) -
     target.terminate_and_check()
 
 
-@pytest.mark.parametrize("where", ["ptrace 0x4206", "PAGEMAP_SCAN, arming", "pwritev"])
+@pytest.mark.parametrize("where", ["ptrace 0x4206", "pwritev"])
 def test_running_out_of_memory_is_said_plainly(spawn: Spawn, tmp_path: Path, where: str) -> None:
     target = spawn("tiny", *QUIET)
     path = tmp_path / "chain"

@@ -34,7 +34,6 @@ class RecordFile:
     def __init__(self, directory: ChainDir, name: str) -> None:
         self._directory = directory
         self._name = name
-        directory.remove(name + PART)  # of an attempt whose disk failed even at that
         self._fd = directory.create(name + PART)
         self._lock = threading.Condition()
         self._active = 0
@@ -118,8 +117,11 @@ class RecordFile:
     def discard(self) -> None:
         """Close and remove the file, published or not."""
         self.close()
-        self._directory.remove(self._name + PART)
-        self._directory.remove(self._name)
+        for name in (self._name + PART, self._name):
+            try:
+                self._directory.remove(name)
+            except (CrtraceError, MemoryError):
+                self._directory.remove(name)  # left there, it would be in the next attempt's way
 
 
 def _after(parts: list[memoryview], done: int) -> list[memoryview]:

@@ -20,7 +20,7 @@ from crtrace.capture.state import FileBook, Snapshot
 from crtrace.capture.target import Target
 from crtrace.capture.tree import ProgramChanged, StoppedTree, Tree
 from crtrace.capture.work import Part, Work
-from crtrace.errors import TargetGone
+from crtrace.errors import TargetBusy, TargetGone
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
@@ -122,9 +122,9 @@ class Session:
 
         When it raises, nothing was committed and the targets run; what was found written is
         carried into the next attempt. ``ProgramChanged``: the next epoch must be ``full``.
-        ``TargetGone``: nobody is left.
+        ``TargetGone``: nobody is left. ``TargetBusy``: try again later.
         """
-        for attempt in range(ATTEMPTS):
+        for _ in range(ATTEMPTS):
             try:
                 if not full and self.program_changed():
                     raise ProgramChanged(f"process {self.process.pid} called execve")
@@ -132,14 +132,18 @@ class Session:
             except TargetGone as error:
                 if not full and self.program_changed():
                     raise ProgramChanged(f"process {self.process.pid} called execve") from error
-                if attempt == ATTEMPTS - 1 or not any(p.alive() for p in self.processes):
-                    raise
-        raise AssertionError("not reached")
+                if not any(process.alive() for process in self.processes):
+                    raise self.process.gone() from error
+        raise TargetBusy(
+            f"process {self.process.pid} or one of its tree called execve or ended, "
+            f"{ATTEMPTS} times while an epoch was taken",
+            hint="try again",
+        )
 
     def _attempt(self, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         self._tree.update()
         if not self._tree.members:
-            raise TargetGone(f"process {self.process.pid} has exited")
+            raise self.process.gone()
         work = Work()
         try:
             return self._take(work, reason, full)
@@ -194,6 +198,7 @@ class Session:
         for target in self._tree.targets():
             work.parts[target.space] = Part(target.carried, full or target.fresh, target.fresh)
         left = self._tree.faults()
+        left += sum(count_pages(part.carried) for part in work.parts.values())
         if left > self._little or any(part.whole for part in work.parts.values()):
             left = self._precopy_round(work, image)
             while left > AT_ONCE and work.converging(left):

@@ -12,7 +12,8 @@ from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import scanner
 from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess, signals_held
+from crtrace.linux.ptrace import signals_held
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Armer
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer

@@ -18,7 +18,7 @@ from crtrace.image.records import Task
 from crtrace.linux.events import in_initial_pid_namespace
 from crtrace.linux.libc import same_memory
 from crtrace.linux.procfs import Process, parents, refuse_unsuitable
-from crtrace.linux.ptrace import StoppedProcess, stop_all
+from crtrace.linux.stop import StoppedProcess, release_all, stop_all
 from crtrace.track.dirty import Counts, WrittenPages
 from crtrace.units import Pid
 
@@ -123,7 +123,7 @@ class Tree:
         refused, self.refused = list(self.refused), {}
         for member in list(self.members):
             if not member.process.alive():
-                self.depart(member)
+                self._look_after(member)
         for pid, tgid in self.strangers():
             self.take_in(pid, tgid)
         for pid in refused:
@@ -136,6 +136,17 @@ class Tree:
             self._arm(target)
             with suppress(TargetGone):
                 target.look_for_pins()
+
+    def _look_after(self, member: Member) -> None:
+        """Its first thread is gone. The target itself must not vanish so without its end."""
+        why = member.process.gone()
+        if isinstance(why, TargetGone):
+            self.depart(member)
+        elif member is self.root:
+            raise why
+        else:
+            self.depart(member)
+            self.refused[member.process.pid] = str(why)
 
     def _arm(self, target: Target) -> None:
         """Arm it if it is not. Where that fails it is read whole in the pause; only the target
@@ -318,6 +329,5 @@ class StoppedTree:
     def release(self) -> int:
         """Let them all go; how many waits were given back."""
         every = [*self._held.values(), *self._strangers.values()]
-        for held in every:
-            held.release()
+        release_all(every)
         return sum(held.waits_given_back for held in every)

@@ -20,8 +20,10 @@ class AddressSpace:
         self.vmas: list[Vma] = []
 
     def refresh(self) -> bool:
-        """Read the map again; whether it differs from before."""
+        """Read the map again; whether it differs from before. Raises when there is none."""
         raw = self._process.read("maps")
+        if not raw:
+            raise self._process.gone()
         if raw == self._raw:
             return False
         self._raw, self.vmas = raw, parse_maps(raw)

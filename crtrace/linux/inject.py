@@ -25,6 +25,7 @@ from crtrace.linux import ptrace as pt
 from crtrace.linux.libc import pidfd_getfd, ptrace
 from crtrace.linux.procfs import EXEC, Process, Vma
 from crtrace.linux.registers import Registers
+from crtrace.linux.stop import StoppedProcess, twice
 from crtrace.linux.waits import started_again
 from crtrace.units import Addr
 
@@ -137,7 +138,7 @@ class Injector:
     Until the first call nothing is changed but dead stack; after leaving, nothing at all is.
     """
 
-    def __init__(self, stopped: pt.StoppedProcess, vmas: list[Vma], gadgets: Gadgets) -> None:
+    def __init__(self, stopped: StoppedProcess, vmas: list[Vma], gadgets: Gadgets) -> None:
         self._process = stopped.process
         self._gadgets = gadgets
         self._thread, self._base = _choose_thread(stopped, vmas)
@@ -164,11 +165,11 @@ class Injector:
         """Put everything back. If that fails for good, the target is left headed for home."""
         try:
             if self._opened >= 0:
-                pt.twice(self._close_left)
+                twice(self._close_left)
             if self._began:
-                pt.twice(self._give_back)
-            pt.twice(ptrace, pt.SETOPTIONS, self._thread.tid, 0, 0)
-            pt.twice(self._write, self._saved)
+                twice(self._give_back)
+            twice(ptrace, pt.SETOPTIONS, self._thread.tid, 0, 0)
+            twice(self._write, self._saved)
         finally:
             os.close(self._memory)
 
@@ -279,7 +280,7 @@ class Injector:
         return self._original.changed(orig_rax=-1, rip=self._gadgets.sigreturn, rsp=stack)
 
 
-def _choose_thread(stopped: pt.StoppedProcess, vmas: list[Vma]) -> tuple[pt.Tracee, int]:
+def _choose_thread(stopped: StoppedProcess, vmas: list[Vma]) -> tuple[pt.Tracee, int]:
     """A thread to run the call on, and the address below which there is dead stack.
 
     The main stack is preferred: programs with small stacks of their own making (Go, coroutines)

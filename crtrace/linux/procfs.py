@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import select
+import signal
 import struct
 import time
 from contextlib import suppress
@@ -16,7 +17,14 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone, UsageError
+from crtrace.errors import (
+    AlreadyTraced,
+    CrtraceError,
+    NotPermitted,
+    TargetBusy,
+    TargetGone,
+    UsageError,
+)
 from crtrace.faults import point
 from crtrace.units import PAGE_SHIFT, U64, Addr, Pid, no_pages
 
@@ -150,7 +158,9 @@ def parse_stat(raw: str) -> Stat:
     return Stat(head.partition("(")[2], f[2], *(int(f[n]) for n in numbers))
 
 
-PF_KTHREAD = 0x00200000
+EXEC_TIME = 0.2
+"""Seconds that a process may take to end all other threads when one calls ``execve``."""
+PF_EXITING, PF_IO_WORKER, PF_KTHREAD = 0x4, 0x10, 0x00200000
 
 
 def parse_status(raw: str) -> dict[str, str]:
@@ -166,6 +176,15 @@ def thread_status(pid: Pid, tid: Pid) -> dict[str, str]:
             return parse_status(file.read())
     except OSError:
         return {}
+
+
+def thread_stat(pid: Pid, tid: Pid) -> Stat | None:
+    """``stat`` of one thread; None when it is gone."""
+    try:
+        with open(f"/proc/{pid}/task/{tid}/stat", errors="replace") as file:
+            return parse_stat(file.read())
+    except OSError:
+        return None
 
 
 def comm_of(pid: Pid) -> str:
@@ -252,25 +271,56 @@ class Process:
 
     def explain(self, error: OSError, name: str) -> Exception:
         """The error to raise when ``/proc/PID/name`` could not be read."""
-        gone = self.dirfd < 0 or error.errno == errno.ESRCH
-        if gone or (error.errno == errno.ENOENT and not self.alive()):
-            return TargetGone(f"process {self.pid} has exited")
+        if self.dirfd < 0:
+            return self._exited()
+        if error.errno == errno.ESRCH or (error.errno == errno.ENOENT and not self.alive()):
+            return self.gone()
         if error.errno in (errno.EACCES, errno.EPERM):
             return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")
         return error
 
+    def gone(self) -> CrtraceError:
+        """The error to raise when the kernel shows nothing of the process any more.
+
+        That is so too when only the first thread has exited and others run on; and for a moment
+        when another than the first calls ``execve``, which makes that one end.
+        """
+        others: list[Pid] = []
+        with suppress(OSError):
+            others = [Pid(int(name)) for name in os.listdir(f"/proc/{self.pid}/task")]
+            others.remove(self.pid)
+        limit = time.monotonic() + EXEC_TIME
+        while any(_goes_on(self.pid, tid) for tid in others):
+            if self.alive():
+                return calls_exec(self)
+            if time.monotonic() > limit:
+                return CrtraceError(
+                    f"the first thread of process {self.pid} has exited, others run on: "
+                    "not supported",
+                    hint="the kernel shows such a process's memory to nobody by its number",
+                )
+            time.sleep(0.001)
+        return calls_exec(self) if others and self.alive() else self._exited()
+
+    def _exited(self) -> TargetGone:
+        return TargetGone(f"process {self.pid} has exited")
+
     def alive(self) -> bool:
-        """Whether it still exists and is no zombie."""
+        """Whether its first thread lives: it exists and is no zombie."""
         try:
             return self.stat().state not in "ZX"
         except (OSError, TargetGone):
             return False
 
     def ended(self) -> bool:
-        """Whether all of its threads have ended."""
+        """Whether all of its threads have ended.
+
+        The pidfd alone does not tell: it does so too when another than the first thread calls
+        ``execve``.
+        """
         poller = select.poll()
         poller.register(self.pidfd, select.POLLIN)
-        return bool(poller.poll(0))
+        return bool(poller.poll(0)) and not self.alive() and isinstance(self.gone(), TargetGone)
 
     def threads(self) -> list[Pid]:
         """The numbers of all its threads now."""
@@ -311,10 +361,29 @@ class Process:
         """Its short name when first asked."""
         return self.stat().comm
 
+    def descriptor_limits(self) -> tuple[int, int]:
+        """The soft and the hard limit of its number of descriptors."""
+        limits = self.read("limits").decode()
+        line = next(line for line in limits.splitlines() if line.startswith("Max open files"))
+        soft, hard = line.split()[3:5]
+        return int(soft), int(hard)
+
     def lowest_free_fd(self) -> int:
         """The descriptor that its next open gets, as long as its threads are stopped."""
         used = {int(name) for name in self.listdir("fd")}
         return next(n for n in range(len(used) + 1) if n not in used)
+
+
+def calls_exec(process: Process) -> TargetBusy:
+    """What to raise where two looks at a process saw two programs."""
+    return TargetBusy(f"process {process.pid} has just called execve", hint="try again")
+
+
+def _goes_on(pid: Pid, tid: Pid) -> bool:
+    """Whether a thread lives and is not about to end."""
+    stat, status = thread_stat(pid, tid), thread_status(pid, tid)
+    killed = int(status.get("SigPnd", "0"), 16) >> (signal.SIGKILL - 1) & 1
+    return bool(stat and stat.state not in "ZX" and not stat.flags & PF_EXITING and not killed)
 
 
 def _no_such(pid: Pid, error: OSError) -> Exception:
@@ -350,7 +419,10 @@ def refuse_unsuitable(process: Process) -> None:
     if stat.flags & PF_KTHREAD:
         raise UsageError(f"process {pid} ({stat.comm}) is a kernel thread: it has no memory")
     if stat.state in "ZX":
-        raise TargetGone(f"process {pid} ({stat.comm}) is a zombie: its memory is gone")
+        error = process.gone()
+        if isinstance(error, TargetGone):
+            error = TargetGone(f"process {pid} ({stat.comm}) is a zombie: its memory is gone")
+        raise error
     tracer = int(process.status()["TracerPid"])
     if tracer not in (0, os.getpid()):
         raise AlreadyTraced(

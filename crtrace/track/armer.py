@@ -9,7 +9,7 @@ import numpy as np
 
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pagemap import TASK_END
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.units import PAGE_SHIFT, U64
 
 EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)

@@ -11,7 +11,7 @@ import os
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import EVERYTHING, Scan
 from crtrace.units import U64, intersect, merge, subtract
 

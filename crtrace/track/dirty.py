@@ -12,7 +12,8 @@ from crtrace.errors import TargetGone
 from crtrace.linux import bpf
 from crtrace.linux.libc import SYS_BPF, address_of, syscall
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.ptrace import signals_held
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.loader import Programs
 from crtrace.units import REGION_PAGES, U64, Bools
 
@@ -75,7 +76,7 @@ class WrittenPages:
         attr = np.array([address_of(name), self._resolver], dtype=np.uint64)
         link = syscall(SYS_BPF, _RAW_TRACEPOINT_OPEN, attr.ctypes.data, attr.nbytes)
         try:
-            with StoppedProcess(process):
+            with signals_held(), StoppedProcess(process):
                 pass
         finally:
             os.close(link)

@@ -14,7 +14,7 @@ from crtrace.errors import CrtraceError
 from crtrace.linux.events import open_accounting, open_events
 from crtrace.linux.privileges import missing_capabilities
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.headers import find_headers
 from crtrace.track.loader import Loading
 from crtrace.track.userfaultfd import try_on_ourselves

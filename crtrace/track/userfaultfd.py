@@ -20,7 +20,7 @@ from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descript
 from crtrace.linux.libc import syscall
 from crtrace.linux.pagemap import Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import EVERYTHING, Scan
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
 

@@ -25,7 +25,7 @@ from crtrace.errors import CrtraceError
 from crtrace.image.reader import Chain
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.loader import Programs
 from crtrace.track.userfaultfd import UserfaultfdArmer
 from crtrace.units import Pid

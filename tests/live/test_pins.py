@@ -15,7 +15,7 @@ from crtrace.errors import FeatureMissing
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.userfaultfd import UserfaultfdArmer, try_on_ourselves
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, Pid, contains, merge
 from tests.live.conftest import Spawn

@@ -287,8 +287,8 @@ class Process:
         """
         others: list[Pid] = []
         with suppress(OSError):
-            others = [Pid(int(name)) for name in os.listdir(f"/proc/{self.pid}/task")]
-            others.remove(self.pid)
+            every = os.listdir(f"/proc/{self.pid}/task")
+            others = [Pid(int(name)) for name in every if name != str(self.pid)]
         limit = time.monotonic() + EXEC_TIME
         while any(_goes_on(self.pid, tid) for tid in others):
             if self.alive():

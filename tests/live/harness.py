@@ -425,9 +425,10 @@ STATES = {"T": "stopped", "t": "traced", "Z": "zombie", "X": "dead"}
 class Untouched:
     """What must not change in a target: a snapshot at construction, compared later.
 
-    Fields: ``fds``, ``mappings``, ``vma_flags``, ``threads``, ``states``, ``masks``, ``children``,
-    ``registers`` (of threads blocked in a system call in both snapshots), ``cwd``, ``root``,
-    ``exe``, those of STATUS_FIELDS and FILES. Memory contents are for others to compare.
+    Fields: ``fds``, ``mappings``, ``vma_flags``, ``threads``, ``states``, ``masks``, ``tracers``,
+    ``sandboxes``, ``children``, ``registers`` (of threads blocked in a system call in both
+    snapshots), ``namespaces``, ``cwd``, ``root``, ``exe``, those of STATUS_FIELDS and FILES. Memory
+    contents are for others to compare; timers of setitimer(2) only the target itself can see.
     """
 
     def __init__(self, pid: int, *, stack_may_grow: bool = True) -> None:
@@ -460,6 +461,15 @@ class Untouched:
             "threads": {tid: it.get("Name", "") for tid, it in by_tid.items()},
             "states": {t: STATES.get(it.get("State", "X")[0], "live") for t, it in by_tid.items()},
             "masks": {t: f"{it.get('SigBlk')} {it.get('SigPnd')}" for t, it in by_tid.items()},
+            "tracers": {tid: it.get("TracerPid", "") for tid, it in by_tid.items()},
+            "sandboxes": {
+                tid: f"{it.get('Seccomp')} {it.get('Seccomp_filters')} {it.get('NoNewPrivs')}"
+                for tid, it in by_tid.items()
+            },
+            "namespaces": {
+                name: os.readlink(f"/proc/{pid}/ns/{name}")
+                for name in os.listdir(f"/proc/{pid}/ns")
+            },
             "children": {str(t): _read(f"/proc/{pid}/task/{t}/children") for t in tids},
             "registers": {str(tid): blocked_in(pid, tid) for tid in tids},
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import struct
@@ -196,23 +195,6 @@ def test_a_32_bit_program_is_refused(tmp_path: Path, chain: Path) -> None:
         process.kill()
         process.wait()
     result.expect(2, f"process {process.pid} (pause) is a 32-bit program")
-
-
-def test_a_target_without_a_free_descriptor_is_busy_until_it_has_one(
-    spawn: Spawn, chain: Path
-) -> None:
-    target = spawn("threads")
-    used = {int(fd) for fd in os.listdir(f"/proc/{target.pid}/fd")}
-    lowest = min(set(range(len(used) + 1)) - used)
-    before = resource.prlimit(target.pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(target.pid, resource.RLIMIT_NOFILE, (lowest, before[1]))
-    snapshot = Untouched(target.pid)
-    watch_once(target.pid, chain).expect(13, "has no free descriptor", "RLIMIT_NOFILE")
-    snapshot.assert_same()
-    resource.prlimit(target.pid, resource.RLIMIT_NOFILE, before)
-    watch_once(target.pid, chain).expect(0)
-    assert verified(chain) == [0]
-    target.terminate_and_check()
 
 
 # --- privileges and the kernel ---

@@ -14,7 +14,7 @@ from crtrace.track.loader import Programs
 from tests.live.conftest import Spawn
 from tests.live.controllers import HEALING, control, forked, untraced
 from tests.live.exactness import judged
-from tests.live.harness import Untouched, blocked_in, status, wait_until
+from tests.live.harness import Untouched, blocked_in, wait_until
 from tests.live.runner import Watching, run
 
 KILLS = 100
@@ -62,35 +62,4 @@ def test_the_program_itself_killed_leaves_no_trace(
         os.kill(watching.pid, signal.SIGKILL)
     wait_until(lambda: untraced(target.pid), "the kernel lets the target go")
     before.assert_same(ignore=["registers"], patience=HEALING)
-    target.terminate_and_check()
-
-
-def test_waits_go_on_through_every_pause(spawn: Spawn, tmp_path: Path) -> None:
-    target = spawn("sleepers")
-    before = Untouched(target.pid)
-    with judged(target.pid, tmp_path / "chain") as run:
-        for _ in range(5):
-            run.take()
-        assert run.stats[-1]["waits_given_back"] > 0
-    disturbed = {
-        name: (sleeper["returns"], sleeper["errno"])
-        for name, sleeper in target.ask("report").items()
-        if sleeper["returns"]
-    }
-    assert disturbed == {}
-    before.assert_same(ignore=["registers"])  # its main thread has just answered
-    target.terminate_and_check()
-
-
-def test_a_stopped_target_stays_stopped(spawn: Spawn, tmp_path: Path) -> None:
-    target = spawn("tiny")
-    os.kill(target.pid, signal.SIGSTOP)
-    wait_until(lambda: status(target.pid)["State"][0] == "T", "it is stopped")
-    with judged(target.pid, tmp_path / "chain") as run:
-        run.take()
-        run.take()
-    assert run.stats[1]["pages_written"] == 0
-    assert status(target.pid)["State"][0] == "T"
-    os.kill(target.pid, signal.SIGCONT)
-    target.obey("check")
     target.terminate_and_check()

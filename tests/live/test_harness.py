@@ -486,6 +486,7 @@ def gdb_call(spawn: Spawn) -> Callable[[str], list[str]]:
         ("(int)prctl(38, 1, 0, 0, 0)", "NoNewPrivs"),
         ("(int)timer_create(0, 0, (long[4]){0})", "timers"),
         ("(int)fork()", "children"),
+        ("(int)unshare(0x4000000)", "namespaces"),  # CLONE_NEWUTS
     ],
 )
 def test_untouched_notices(

@@ -4,12 +4,14 @@
  * A watcher that stops the process must cause no return at all. Each call is made directly, with
  * a time-out of hours where it takes one, so a return is either asked for ("wake") or spurious.
  * Commands: report (JSON: name -> tid, returns, value, errno), wake NAME.
+ * Option: --main NAME: only that one, and it is the first thread.
  */
 #include "target.h"
 
 #include <linux/aio_abi.h>
 #include <linux/futex.h>
 #include <linux/io_uring.h>
+#include <mqueue.h>
 #include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/file.h>
@@ -88,6 +90,14 @@ static long do_futex_until(struct sleeper *s)
 	at.tv_sec += HOUR_MS / 1000;
 	return syscall(SYS_futex, &s->word, FUTEX_WAIT_BITSET_PRIVATE, 0, &at, NULL,
 		       FUTEX_BITSET_MATCH_ANY);
+}
+
+static long do_futex_waitv(struct sleeper *s)
+{
+	struct futex_waitv wait = { .uaddr = (uint64_t)&s->word,
+				    .flags = FUTEX_32 | FUTEX_PRIVATE_FLAG };
+
+	return syscall(SYS_futex_waitv, &wait, 1, 0, NULL, 0);
 }
 
 static void wake_futex(struct sleeper *s)
@@ -179,6 +189,55 @@ static long do_pselect(struct sleeper *s)
 	return drained(s, syscall(SYS_pselect6, s->fd + 1, &set, NULL, NULL, NULL, NULL));
 }
 
+/* With a signal mask of their own, under which SIGUSR1 may come. */
+
+static const sigset_t *usr1_may_come(void)
+{
+	static sigset_t set;
+
+	sigfillset(&set);
+	sigdelset(&set, SIGUSR1);
+	return &set;
+}
+
+static long do_ppoll_mask(struct sleeper *s)
+{
+	struct pollfd wait = { .fd = s->fd, .events = POLLIN };
+
+	return syscall(SYS_ppoll, &wait, 1, NULL, usr1_may_come(), 8);
+}
+
+static long do_pselect_mask(struct sleeper *s)
+{
+	struct {
+		const sigset_t *set;
+		size_t size;
+	} mask = { usr1_may_come(), 8 };
+	fd_set set;
+
+	FD_ZERO(&set);
+	FD_SET(s->fd, &set);
+	return syscall(SYS_pselect6, s->fd + 1, &set, NULL, NULL, NULL, &mask);
+}
+
+static void setup_full_pipe(struct sleeper *s)
+{
+	static char page[PAGE];
+
+	setup_pipe(s);
+	fcntl(s->other, F_SETFL, O_NONBLOCK);
+	while (write(s->other, page, PAGE) > 0)
+		;
+	fcntl(s->other, F_SETFL, 0);
+}
+
+static long do_write(struct sleeper *s)
+{
+	char byte = 0;
+
+	return write(s->other, &byte, 1);
+}
+
 /* For epoll, `word` keeps the epoll descriptor beside the counter it watches. */
 static void setup_epoll(struct sleeper *s)
 {
@@ -209,6 +268,13 @@ static long do_epoll_pwait(struct sleeper *s)
 	struct epoll_event event;
 
 	return drained(s, syscall(SYS_epoll_pwait, s->word, &event, 1, -1, NULL, 0));
+}
+
+static long do_epoll_pwait_mask(struct sleeper *s)
+{
+	struct epoll_event event;
+
+	return syscall(SYS_epoll_pwait, s->word, &event, 1, -1, usr1_may_come(), 8);
 }
 
 static long do_epoll_pwait2(struct sleeper *s)
@@ -280,6 +346,24 @@ static long do_recv(struct sleeper *s)
 	return recv(s->fd, &word, sizeof(word), 0);
 }
 
+static long do_recvmsg(struct sleeper *s)
+{
+	uint64_t word;
+	struct iovec part = { &word, sizeof(word) };
+	struct msghdr message = { .msg_iov = &part, .msg_iovlen = 1 };
+
+	return recvmsg(s->fd, &message, 0);
+}
+
+static long do_recvmmsg(struct sleeper *s)
+{
+	uint64_t word;
+	struct iovec part = { &word, sizeof(word) };
+	struct mmsghdr message = { .msg_hdr = { .msg_iov = &part, .msg_iovlen = 1 } };
+
+	return recvmmsg(s->fd, &message, 1, 0, NULL);
+}
+
 static void setup_listener(struct sleeper *s)
 {
 	struct sockaddr_un any = { .sun_family = AF_UNIX };
@@ -317,6 +401,43 @@ static void wake_accept(struct sleeper *s)
 	    connect(fd, (struct sockaddr *)&at, length))
 		die("connect");
 	close(fd);
+}
+
+/* Connecting to a listener whose backlog is full; accepting one makes room. */
+static void setup_full_listener(struct sleeper *s)
+{
+	struct sockaddr_un at = { .sun_family = AF_UNIX };
+	socklen_t length = sizeof(at);
+	int fd;
+
+	s->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (bind(s->fd, (struct sockaddr *)&at, sizeof(at.sun_family)) || listen(s->fd, 0) ||
+	    getsockname(s->fd, (struct sockaddr *)&at, &length))
+		die("listen");
+	do
+		fd = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+	while (!connect(fd, (struct sockaddr *)&at, length));
+	close(fd);
+	s->other = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+}
+
+static void setup_full_listener_timeout(struct sleeper *s)
+{
+	struct timeval timeout = { HOUR_MS / 1000, 0 };
+
+	setup_full_listener(s);
+	if (setsockopt(s->other, SOL_SOCKET, SO_SNDTIMEO, &timeout, sizeof(timeout)))
+		die("SO_SNDTIMEO");
+}
+
+static long do_connect(struct sleeper *s)
+{
+	struct sockaddr_un at;
+	socklen_t length = sizeof(at);
+
+	if (getsockname(s->fd, (struct sockaddr *)&at, &length))
+		die("getsockname");
+	return connect(s->other, (struct sockaddr *)&at, length);
 }
 
 /* --- signals --- */
@@ -452,6 +573,31 @@ static void wake_msgsnd(struct sleeper *s)
 	do_msgrcv(s);
 }
 
+static void setup_mqueue(struct sleeper *s)
+{
+	struct mq_attr attributes = { .mq_maxmsg = 1, .mq_msgsize = 8 };
+	char name[32];
+
+	snprintf(name, sizeof(name), "/sleepers-%d", getpid());
+	s->fd = mq_open(name, O_RDWR | O_CREAT | O_CLOEXEC, 0600, &attributes);
+	mq_unlink(name);
+}
+
+static long do_mq_timedreceive(struct sleeper *s)
+{
+	struct timespec at;
+	char body[8];
+
+	clock_gettime(CLOCK_REALTIME, &at);
+	at.tv_sec += HOUR_MS / 1000;
+	return mq_timedreceive(s->fd, body, sizeof(body), NULL, &at);
+}
+
+static void wake_mq(struct sleeper *s)
+{
+	mq_send(s->fd, "12345678", 8, 0);
+}
+
 /* --- the rest --- */
 
 static aio_context_t aio_context;
@@ -469,6 +615,18 @@ static long do_io_getevents(struct sleeper *s)
 
 	(void)s;
 	return syscall(SYS_io_getevents, aio_context, 1, 1, &event, &HOUR);
+}
+
+static long do_io_pgetevents(struct sleeper *s)
+{
+	struct {
+		const sigset_t *set;
+		size_t size;
+	} mask = { usr1_may_come(), 8 };
+	struct io_event event;
+
+	(void)s;
+	return syscall(SYS_io_pgetevents, aio_context, 1, 1, &event, &HOUR, &mask);
 }
 
 static void setup_uring(struct sleeper *s)
@@ -499,6 +657,30 @@ static long do_flock(struct sleeper *s)
 	return flock(s->fd, LOCK_EX);
 }
 
+static long do_ofd_lock(struct sleeper *s)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+	return fcntl(s->fd, F_OFD_SETLKW, &lock);
+}
+
+static void setup_ofd_lock(struct sleeper *s)
+{
+	struct flock lock = { .l_type = F_WRLCK, .l_whence = SEEK_SET };
+
+	setup_lock(s);
+	if (fcntl(s->other, F_OFD_SETLK, &lock))
+		die("fcntl");
+}
+
+static long do_waitid(struct sleeper *s)
+{
+	siginfo_t info;
+
+	(void)s;
+	return waitid(P_PID, janitor, &info, WEXITED | WSTOPPED | WCONTINUED);
+}
+
 static long do_wait4(struct sleeper *s)
 {
 	(void)s;
@@ -515,22 +697,32 @@ static struct sleeper sleepers[] = {
 	ON(futex, futex, NULL, wake_futex),
 	ON(futex_timeout, futex_timeout, NULL, wake_futex),
 	ON(futex_until, futex_until, NULL, wake_futex),
+	ON(futex_waitv, futex_waitv, NULL, wake_futex),
 	ON(read_pipe, read, setup_pipe, wake_by_writing),
 	ON(read_eventfd, read, setup_eventfd, wake_by_writing),
 	ON(read_timerfd, read, setup_timerfd, NULL),
 	ON(read_inotify, read, setup_inotify, NULL),
 	ON(read_signalfd, read_signalfd, setup_signalfd, NULL),
+	ON(write_pipe, write, setup_full_pipe, NULL),
 	ON(poll, poll, setup_pipe, wake_by_writing),
 	ON(poll_timeout, poll_timeout, setup_pipe, wake_by_writing),
 	ON(ppoll_timeout, ppoll, setup_pipe, wake_by_writing),
+	ON(ppoll_mask, ppoll_mask, setup_pipe, wake_by_usr1),
+	ON(pselect_mask, pselect_mask, setup_pipe, wake_by_usr1),
 	ON(select_timeout, select, setup_pipe, wake_by_writing),
 	ON(pselect, pselect, setup_pipe, wake_by_writing),
 	ON(epoll_wait, epoll_wait, setup_epoll, wake_by_writing),
 	ON(epoll_wait_timeout, epoll_wait_timeout, setup_epoll, wake_by_writing),
 	ON(epoll_pwait, epoll_pwait, setup_epoll, wake_by_writing),
+	ON(epoll_pwait_mask, epoll_pwait_mask, setup_epoll, wake_by_usr1),
 	ON(epoll_pwait2_timeout, epoll_pwait2, setup_epoll, wake_by_writing),
 	ON(recv, recv, setup_pair, wake_by_writing),
 	ON(recv_timeout, recv, setup_pair_timeout, wake_by_writing),
+	ON(recvmsg_timeout, recvmsg, setup_pair_timeout, wake_by_writing),
+	ON(recvmmsg, recvmmsg, setup_pair, wake_by_writing),
+	ON(recvmmsg_timeout, recvmmsg, setup_pair_timeout, wake_by_writing),
+	ON(connect, connect, setup_full_listener, NULL),
+	ON(connect_timeout, connect, setup_full_listener_timeout, NULL),
 	ON(accept, accept, setup_listener, wake_accept),
 	ON(accept_timeout, accept, setup_listener_timeout, wake_accept),
 	ON(pause, pause, NULL, wake_by_usr1),
@@ -541,10 +733,14 @@ static struct sleeper sleepers[] = {
 	ON(semtimedop, semtimedop, setup_sem, wake_sem),
 	ON(msgrcv, msgrcv, setup_msg, wake_msgrcv),
 	ON(msgsnd, msgsnd, setup_full_msg, wake_msgsnd),
+	ON(mq_timedreceive, mq_timedreceive, setup_mqueue, wake_mq),
 	ON(io_getevents, io_getevents, setup_aio, NULL),
+	ON(io_pgetevents, io_pgetevents, NULL, wake_by_usr1),
 	ON(io_uring_enter, io_uring_enter, setup_uring, NULL),
 	ON(flock, flock, setup_lock, NULL),
+	ON(ofd_lock, ofd_lock, setup_ofd_lock, NULL),
 	TIME(wait4),
+	TIME(waitid),
 };
 
 #define COUNT (sizeof(sleepers) / sizeof(sleepers[0]))
@@ -659,16 +855,54 @@ static bool check(void)
 	return good;
 }
 
-int main(int argc, char **argv)
+_Noreturn static void serve(void)
 {
 	char line[256];
 
+	say_ready(report());
+	while (target_command(line, sizeof(line)))
+		if (!strcmp(line, "report"))
+			say("%s", report()->bytes);
+		else
+			say("%s", !strncmp(line, "wake ", 5) && wake(line + 5) ? "ok" : "bad");
+	_exit(check() ? 0 : 1);
+}
+
+static void *serve_in_thread(void *main_sleeper)
+{
+	struct sleeper *s = main_sleeper;
+
+	while (!__atomic_load_n(&s->tid, __ATOMIC_ACQUIRE))
+		sched_yield();
+	serve();
+}
+
+/* The first thread sleeps, another obeys commands. */
+static void sleep_in_main(const char *name)
+{
+	pthread_t thread;
+
+	for (size_t i = 0; i < COUNT; i++)
+		if (!strcmp(sleepers[i].name, name)) {
+			sleepers[i].thread = pthread_self();
+			errno = pthread_create(&thread, NULL, serve_in_thread, &sleepers[i]);
+			if (errno)
+				die("pthread_create");
+			sleep_for_ever(&sleepers[i]);
+		}
+	die(name);
+}
+
+int main(int argc, char **argv)
+{
 	target_begin(argc, argv);
 	signal(SIGUSR1, on_usr1);
 	for (size_t i = 0; i < COUNT; i++)
 		if (sleepers[i].setup)
 			sleepers[i].setup(&sleepers[i]);
 	start_janitor();
+	if (option_text("--main", NULL))
+		sleep_in_main(option_text("--main", NULL));
 	for (size_t i = 0; i < COUNT; i++) {
 		struct sleeper *s = &sleepers[i];
 
@@ -681,11 +915,5 @@ int main(int argc, char **argv)
 			sched_yield();
 		wait_blocked(s->tid);
 	}
-	say_ready(report());
-	while (target_command(line, sizeof(line)))
-		if (!strcmp(line, "report"))
-			say("%s", report()->bytes);
-		else
-			say("%s", !strncmp(line, "wake ", 5) && wake(line + 5) ? "ok" : "bad");
-	_exit(check() ? 0 : 1);
+	serve();
 }

@@ -1,0 +1,432 @@
+"""Whatever condition a target is in, it cannot tell that it was watched, nor can anybody else.
+
+The target looks from inside (``corners.c``, ``sleepers.c``): signals, timers, waits, stacks. What
+can be seen of it from outside is compared by ``Untouched``. And every epoch must be exact.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from crtrace.capture.session import Session
+from crtrace.demo.judge import Judge
+from crtrace.errors import CrtraceError, TargetBusy, TargetGone
+from crtrace.image.store import ChainWriter
+from crtrace.linux.procfs import Process
+from crtrace.linux.ptrace import StoppedProcess
+from crtrace.track.dirty import WrittenPages
+from crtrace.track.loader import Programs
+from crtrace.units import Pid
+from tests.live.conftest import Spawn
+from tests.live.exactness import Judged
+from tests.live.harness import Target, Untouched, status, stopped, tasks, wait_until
+from tests.live.runner import Watching, run, verified
+
+EPOCHS = 3
+CAP_SYS_RESOURCE = 24
+THREADS_CHANGE = ["threads", "states", "masks", "tracers", "sandboxes", "children", "registers"]
+MAPPINGS_CHANGE = ["mappings", "vma_flags"]
+WATCHED = {"vma_flags"}
+"""What says that memory is write-protected by userfaultfd, while it is."""
+
+
+def nothing() -> None:
+    """What usually happens during a pause."""
+
+
+@contextmanager
+def watched(
+    pid: int, path: Path, programs: Programs, during: Callable[[], None] = nothing
+) -> Iterator[Judged]:
+    """Like ``judged``, with BPF that is loaded already; ``during`` is called in every pause."""
+    judge = Judge()
+
+    def witness(*seen: object) -> None:
+        judge(*seen)
+        during()
+
+    with (
+        Process(Pid(pid)) as process,
+        ChainWriter.open(path, create=True) as chain,
+        closing(Session(process, chain, WrittenPages(programs), witness=witness)) as session,
+    ):
+        yield Judged(session, judge, path)
+
+
+def end(target: Target) -> None:
+    """End a target by command; its own check must find no fault."""
+    target.obey("quit")
+    code = target.process.wait(60)
+    assert code == 0, f"exit status {code}; stderr: {target.stderr}"
+
+
+def corner(spawn: Spawn, condition: str) -> Target:
+    """A target in a condition; the threads that the kernel makes in it have their names."""
+    target = spawn("corners", "--in", condition)
+    if condition.startswith("uring_"):
+        named = f"-{target.pid}"
+        wait_until(
+            lambda: any(each["Name"].endswith(named) for each in map_status(target.pid)),
+            "io_uring has a thread",
+        )
+    return target
+
+
+def inner_pid(target: Target) -> int:
+    """The process to watch: in a PID namespace of its own it is the target's child."""
+    if target.info["pid"] != 1:
+        return target.pid
+    return int(Path(f"/proc/{target.pid}/task/{target.pid}/children").read_text())
+
+
+# --- conditions of the process ---
+
+
+@pytest.mark.parametrize(
+    ("condition", "changes"),
+    [
+        ("plain", []),
+        ("seccomp_errno", []),
+        ("seccomp_kill", []),
+        ("seccomp_trap", []),
+        ("mount_namespace", []),
+        ("user_namespace", []),
+        ("pid_namespace", []),
+        ("nobody", []),
+        ("full_table", []),
+        ("full_table_nobody", []),
+        ("handler", []),
+        ("alternate_stack", []),
+        ("pending", []),
+        ("tiny_stack", []),
+        ("coroutine", []),
+        ("short_threads", [*THREADS_CHANGE, *MAPPINGS_CHANGE, "Threads"]),
+        ("parent", []),
+        ("uring_worker", []),
+        ("uring_polled", []),
+    ],
+)
+def test_a_target_in_a_corner(
+    spawn: Spawn, tmp_path: Path, programs: Programs, condition: str, changes: list[str]
+) -> None:
+    target = corner(spawn, condition)
+    pid = inner_pid(target)
+    before = Untouched(pid)
+    with watched(pid, tmp_path / "chain", programs) as judged:
+        for _ in range(EPOCHS):
+            judged.take()
+        before.assert_same(ignore={*changes, *WATCHED})
+    before.assert_same(ignore=changes)
+    target.obey("check")
+    end(target)
+
+
+@pytest.mark.parametrize("condition", ["seccomp_errno", "seccomp_kill", "seccomp_trap"])
+def test_the_sandbox_of_a_corner_is_one(spawn: Spawn, condition: str) -> None:
+    """Without it the tests above would be about nothing."""
+    target = spawn("corners", "--in", condition)
+    assert status(target.pid)["Seccomp"] == "2"
+
+
+@pytest.mark.parametrize("condition", ["uring_worker", "uring_polled"])
+def test_io_of_io_uring_ends_well_after_all_pauses(
+    spawn: Spawn, tmp_path: Path, programs: Programs, condition: str
+) -> None:
+    target = corner(spawn, condition)
+    with watched(target.pid, tmp_path / "chain", programs) as judged:
+        for _ in range(EPOCHS):
+            judged.take()
+    target.obey("go")
+    end(target)
+
+
+def test_an_io_worker_is_left_alone_during_the_pause(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    target = corner(spawn, "uring_worker")
+    seen: list[dict[str, str]] = []
+
+    def look() -> None:
+        seen.append({s["Name"]: s["State"][0] for s in map_status(target.pid)})
+
+    with watched(target.pid, tmp_path / "chain", programs, look) as judged:
+        judged.take()
+        with judged.epoch() as epoch:
+            assert [view.thread.tid for view in epoch.tasks[0].threads] == [target.pid]
+    assert seen == [{"corners": "t", f"iou-wrk-{target.pid}": "S"}]
+
+
+def map_status(pid: int) -> list[dict[str, str]]:
+    """The status of every thread."""
+    return [status(pid, tid) for tid in tasks(pid)]
+
+
+def test_a_child_that_is_watched_gives_its_parent_no_sign(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    target = spawn("corners", "--in", "parent")
+    child, parent = target.info["other"], Untouched(target.pid)
+    before = Untouched(child)
+    with watched(child, tmp_path / "chain", programs) as judged:
+        for _ in range(EPOCHS):
+            judged.take()
+    before.assert_same()
+    parent.assert_same()
+    target.obey("check")
+    end(target)
+
+
+# --- a full descriptor table ---
+
+
+@pytest.mark.parametrize("condition", ["full_table", "full_table_nobody"])
+def test_the_limit_is_what_it_was_at_every_step(
+    spawn: Spawn, tmp_path: Path, programs: Programs, condition: str
+) -> None:
+    target = spawn("corners", "--in", condition)
+    before = Untouched(target.pid).fields["limits"]
+    with watched(target.pid, tmp_path / "chain", programs) as judged:
+        assert Untouched(target.pid).fields["limits"] == before
+        judged.take()
+    end(target)
+
+
+def test_a_hard_limit_is_raised_for_a_moment_by_who_may(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    if not int(status(os.getpid())["CapEff"], 16) >> CAP_SYS_RESOURCE & 1:
+        pytest.skip("cannot run here: root may not raise the limits of others")
+    target = spawn("corners", "--in", "full_table_hard")
+    before = Untouched(target.pid)
+    with watched(target.pid, tmp_path / "chain", programs) as judged:
+        judged.take()
+    before.assert_same()
+    end(target)
+
+
+def test_without_the_privilege_to_raise_the_limit_the_target_is_busy(
+    spawn: Spawn, tmp_path: Path
+) -> None:
+    target = spawn("corners", "--in", "full_table_hard")
+    before = Untouched(target.pid)
+    less = ["setpriv", "--bounding-set=-sys_resource", "--inh-caps=-sys_resource"]
+    result = run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1, before=less)
+    result.expect(13, "has no free descriptor", "RLIMIT_NOFILE")
+    before.assert_same()
+    end(target)
+
+
+# --- waits ---
+
+
+def test_waits_go_on_through_every_pause(spawn: Spawn, tmp_path: Path, programs: Programs) -> None:
+    target = spawn("sleepers")
+    before = Untouched(target.pid)
+    with watched(target.pid, tmp_path / "chain", programs) as judged:
+        for _ in range(5):
+            judged.take()
+        assert judged.stats[-1]["waits_given_back"] > 0
+    report = target.ask("report")
+    assert {name: each["errno"] for name, each in report.items() if each["returns"]} == {}
+    before.assert_same(ignore=["registers"])  # its main thread has just answered
+    target.terminate_and_check()
+
+
+def test_the_wait_of_the_thread_that_makes_the_userfaultfd_goes_on(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    """Every sleeper in turn is the first thread, which carries out what is injected."""
+    for name in spawn("sleepers").info:
+        with Target("sleepers", "--main", name) as target:
+            before = Untouched(target.pid)
+            with watched(target.pid, tmp_path / name, programs) as judged:
+                judged.take()
+                judged.take()
+            (report,) = target.ask("report").values()
+            assert (name, report["returns"], report["errno"]) == (name, 0, 0)
+            before.assert_same(ignore=["registers"])  # another thread has just answered
+            if report["can_wake"]:
+                target.obey(f"wake {name}")
+            target.terminate_and_check()
+
+
+# --- stop and continue ---
+
+
+def is_stopped(pid: int) -> bool:
+    """Every thread is stopped by a signal."""
+    return all(each["State"][0] == "T" for each in map_status(pid))
+
+
+@pytest.mark.parametrize("condition", ["plain", "tiny_stack"])
+def test_a_stopped_target_stays_stopped(
+    spawn: Spawn, tmp_path: Path, programs: Programs, condition: str
+) -> None:
+    target = spawn("corners", "--in", condition)
+    running = Untouched(target.pid)
+    with stopped(target.pid):
+        before = Untouched(target.pid)
+        with watched(target.pid, tmp_path / "chain", programs) as judged:
+            judged.take()
+            judged.take()
+        assert judged.stats[1]["pages_written"] == 0
+        wait_until(lambda: is_stopped(target.pid), "it is stopped again")
+        before.assert_same()
+    running.assert_same(ignore=["registers"], patience=10.0)  # SIGCONT is to be handled first
+    end_after_continuing(target)
+
+
+def end_after_continuing(target: Target) -> None:
+    """End a target that was stopped by its tests: its one stray signal is that SIGCONT."""
+    assert target.terminate() == 1
+    assert f"1 stray signals, the last {signal.SIGCONT.value}" in target.stderr
+
+
+@pytest.mark.parametrize("condition", ["plain", "tiny_stack"])
+def test_a_stop_that_comes_in_the_pause_is_obeyed_after_it(
+    spawn: Spawn, tmp_path: Path, programs: Programs, condition: str
+) -> None:
+    target = spawn("corners", "--in", condition)
+    before = Untouched(target.pid)
+    signals: list[signal.Signals] = []
+
+    def during() -> None:
+        if signals:
+            os.kill(target.pid, signals.pop())
+
+    with watched(target.pid, tmp_path / "chain", programs, during) as judged:
+        for _ in range(3):
+            signals.append(signal.SIGSTOP)
+            judged.take()
+            wait_until(lambda: is_stopped(target.pid), "it is stopped")
+            judged.take()
+            wait_until(lambda: is_stopped(target.pid), "it is still stopped")
+            signals.append(signal.SIGCONT)
+            judged.take()
+            wait_until(lambda: not is_stopped(target.pid), "it runs again")
+            assert target.command("check") == "bad"  # for the SIGCONT
+    before.assert_same(ignore=["registers"])  # after a handler they are others
+    assert target.terminate() == 1
+    assert f"3 stray signals, the last {signal.SIGCONT.value}" in target.stderr
+
+
+# --- vfork ---
+
+
+def test_a_vfork_delays_the_epoch_and_disturbs_nobody(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("corners", "--in", "vfork")
+    with Watching(target.pid, tmp_path / "chain", "--interval", 0) as watching:
+        watching.event("checkpoint")
+        before = Untouched(target.pid)
+        target.obey("go")
+        in_vfork = Untouched(target.pid)
+        watching.signal(signal.SIGUSR1)
+        for _ in range(2):
+            event = watching.event("delayed")
+            assert f"thread {target.pid} does not stop" in event["reason"]
+            assert "vfork" in event["hint"]
+            in_vfork.assert_same(ignore=["registers"])  # one thread obeys
+            target.obey("check")  # by another thread
+        target.obey("go")
+        watching.event("checkpoint", timeout=60)
+        watching.signal(signal.SIGINT)
+        watching.wait().expect(0)
+    before.assert_same(ignore=["registers", "vma_flags"])  # it waits elsewhere now
+    assert verified(tmp_path / "chain") == [0, 1]
+    end(target)
+
+
+def test_a_process_in_a_vfork_is_busy_at_first(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("corners", "--in", "vfork")
+    target.obey("go")
+    before = Untouched(target.pid)
+    result = run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1)
+    result.expect(13, f"thread {target.pid} does not stop", "vfork")
+    before.assert_same()
+    target.obey("go")
+    run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1).expect(0)
+    end(target)
+
+
+def test_a_vfork_that_begins_before_the_stop_keeps_only_its_own_thread(spawn: Spawn) -> None:
+    """The look before the stop comes too early for it; then the others must be let go at once."""
+    target = spawn("corners", "--in", "vfork")
+    target.obey("go")
+    tracer = os.fork()
+    if tracer == 0:
+        try:
+            stop = StoppedProcess(Process(Pid(target.pid)), patience=0.05)
+            stop._look_before = lambda deadline: None  # type: ignore[method-assign]
+            stop.stop()
+        finally:
+            os._exit(0)
+    wait_until(lambda: status(target.pid)["TracerPid"] == str(tracer), "the first thread is held")
+    wait_until(
+        lambda: [each["TracerPid"] for each in map_status(target.pid)] == [str(tracer), "0"],
+        "the other is free",
+    )
+    target.obey("check")
+    target.obey("go")
+    assert os.waitpid(tracer, 0)[1] == 0
+    end(target)
+
+
+# --- exec ---
+
+
+@pytest.mark.parametrize("condition", ["exec", "exec_thread"])
+def test_a_stop_at_the_edge_of_exec_leaves_nothing_stopped(spawn: Spawn, condition: str) -> None:
+    target = spawn("corners", "--in", condition, "--times", 2000)
+    target.obey("go")
+    stops = 0
+    with Process(Pid(target.pid)) as process:
+        while target_is_busy(target):
+            with suppress(TargetBusy), StoppedProcess(process) as stop:  # busy: it is let go
+                assert stop.tracees
+                stops += 1
+    assert stops > 10
+    target.await_ready()
+    Untouched(target.pid).assert_same()
+    end(target)
+
+
+def target_is_busy(target: Target) -> bool:
+    """Whether it still execs: after the last time it is ready, and has one thread only."""
+    return "--left\x000\x00" not in Path(f"/proc/{target.pid}/cmdline").read_text()
+
+
+# --- the first thread has exited ---
+
+
+def test_a_process_without_its_first_thread_is_refused(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("corners", "--in", "without_leader")
+    before = Untouched(target.info["tid"])
+    result = run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1)
+    result.expect(1, "the first thread", "others run on")
+    before.assert_same()
+    target.obey("check")
+    end(target)
+
+
+def test_the_exit_of_the_first_thread_ends_the_watch_loudly(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    target = spawn("corners", "--in", "leader_leaves")
+    path = tmp_path / "chain"
+    with watched(target.pid, path, programs) as judged:
+        judged.take()
+        target.obey("go")
+        before = Untouched(target.info["tid"])
+        with pytest.raises(CrtraceError, match="the first thread of process") as raised:
+            judged.take()
+        assert not isinstance(raised.value, TargetGone)
+    before.assert_same(ignore=WATCHED)
+    target.obey("check")
+    assert verified(path) == [0]
+    end(target)

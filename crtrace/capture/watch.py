@@ -102,8 +102,8 @@ class Watch:
         self._events: ProcessEvents | None = open_events()
         self._reason, self._full = "start", False
         self._statuses: dict[Pid, int] = {}
-        self._alive: dict[Pid, Process] = {process.pid: process for process in session.processes}
         self._tree = tree
+        self._alive: dict[Pid, Process] = self._followed()
         self.taken = 0
         self.losses = 0
         self.limits: list[str] = []
@@ -175,9 +175,14 @@ class Watch:
             self._reason, self._full = "exec", True
         return {"event": "exec", "pid": pid, "comm": comm_of(pid)}
 
+    def _followed(self) -> dict[Pid, Process]:
+        """The target; with ``tree``, all members. Others only share its memory for a while."""
+        processes = self._session.processes if self._tree else [self._process]
+        return {process.pid: process for process in processes}
+
     def _comings_and_goings(self) -> Iterator[Event]:
         """Events for what the last epoch has found begun or ended."""
-        now = {process.pid: process for process in self._session.processes}
+        now = self._followed()
         for pid in self._alive.keys() - now.keys():
             yield self._exited(pid)
         for pid in sorted(now.keys() - self._alive.keys()):

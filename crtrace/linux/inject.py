@@ -8,28 +8,34 @@ finishes the call, closes the descriptor that the call made, and continues as it
 
 While we live, we do not use that way but set the exact original registers at the end, which also
 lets a wait that the kernel restarts (``nanosleep``, ``futex``, ``poll``) run on by its own clock.
+
+Where the target may have no more descriptors, its limit is raised for one call. The call that sets
+the old limit again is then part of the way back.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import resource
 import signal
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from crtrace.errors import CrtraceError, TargetBusy, TargetGone
 from crtrace.faults import point
 from crtrace.linux import ptrace as pt
 from crtrace.linux.libc import pidfd_getfd, ptrace
-from crtrace.linux.procfs import EXEC, Process, Vma
+from crtrace.linux.procfs import EXEC, Process, Vma, calls_exec
 from crtrace.linux.registers import Registers
 from crtrace.linux.stop import StoppedProcess, twice
 from crtrace.linux.waits import started_again
 from crtrace.units import Addr
 
-SYS_CLOSE, SYS_MODIFY_LDT = 3, 154
+SYS_CLOSE, SYS_MODIFY_LDT, SYS_SETRLIMIT = 3, 154, 160
 RED_ZONE = 128
 ALL_SIGNALS = (1 << 64) - 1
 RESTARTS = (-512, -513, -514, -516)
@@ -46,6 +52,7 @@ _SIGCONTEXT = (
 _UC_FP_XSTATE, _UC_SIGCONTEXT_SS, _UC_STRICT_RESTORE_SS = 1, 2, 4
 _BAD_STACK_MODE = 0x40  # no valid ss_flags: rt_sigreturn then leaves the alternate stack alone
 _FRAME_SIZE = 448  # return address, ucontext, room for siginfo; see signal_frame
+_CLOSE, _LIMIT, _HOME, _FRAMES = 0, 1, 2, 3  # the frames, by what each goes on with
 SCRATCH_SIZE = 512
 _MAGIC1, _MAGIC2 = 0x46505853, 0x46505845
 _SW_RESERVED = 464  # where the xsave area of a signal frame describes itself
@@ -81,12 +88,17 @@ def find_gadgets(process: Process, vmas: list[Vma], limit: int = 64 << 20) -> Ga
             if call and sigreturn:
                 break
     except OSError as error:
+        if error.errno == errno.EIO:  # the map is of the program before
+            raise calls_exec(process) from error
         raise process.explain(error, "mem") from error
     finally:
         os.close(memory)
     if call and sigreturn and not _has_shadow_stack(process):
         return Gadgets(Addr(call), b"\x0f\x05\xc3", Addr(sigreturn))
     if not (call or bare):
+        if process.maps() != vmas or all(vma.name != "[vdso]" for vma in vmas):
+            # Only a part of the new program is there; the vdso comes last.
+            raise calls_exec(process)
         raise CrtraceError(f"process {process.pid} has no system call instruction to borrow")
     return Gadgets(Addr(call or bare), b"\x0f\x05", Addr(0))
 
@@ -148,6 +160,9 @@ class Injector:
         self.scratch = 0
         self._began = False
         self._opened = -1
+        self._limit: tuple[int, int] | None = None
+        self._enough = (0, 0)
+        self._raised = False
         self._saved = b""
 
     def __enter__(self) -> Injector:
@@ -166,6 +181,8 @@ class Injector:
         try:
             if self._opened >= 0:
                 twice(self._close_left)
+            if self._raised:
+                twice(self._lower_left)
             if self._began:
                 twice(self._give_back)
             twice(ptrace, pt.SETOPTIONS, self._thread.tid, 0, 0)
@@ -179,21 +196,65 @@ class Injector:
     def _lay_way_back(self) -> None:
         xstate = signal_xstate(self._thread.read_regset(pt.NT_X86_XSTATE, pt.XSTATE_MAX))
         room = (len(xstate) + 63) & ~63
-        size = room + 2 * _FRAME_SIZE + SCRATCH_SIZE
+        size = room + _FRAMES * _FRAME_SIZE + SCRATCH_SIZE
         self._base = (self._base - size) & ~63
         self._frames = self._base + room
-        self.scratch = self._frames + 2 * _FRAME_SIZE
+        self.scratch = self._frame(_FRAMES)
         self._home = rewound(self._original)
-        self._saved = os.pread(self._memory, size, self._base)
-        gadget = os.pread(self._memory, len(self._gadgets.call_bytes), self._gadgets.call)
+        try:
+            saved = os.pread(self._memory, size, self._base)
+            gadget = os.pread(self._memory, len(self._gadgets.call_bytes), self._gadgets.call)
+        except OSError as error:
+            raise calls_exec(self._process) from error
         if gadget != self._gadgets.call_bytes:
-            raise CrtraceError(f"the code of process {self._process.pid} changed under us")
+            raise calls_exec(self._process)
+        self._saved = saved
+        self._write(xstate.ljust(self._frames - self._base, b"\0") + self._way_frames())
+
+    def _way_frames(self) -> bytes:
+        """The signal frames; after them, in scratch, the old limits and the new."""
         self._expected = self._process.lowest_free_fd()
-        close = self._call_registers(SYS_CLOSE, (self._expected,), self._frames + _FRAME_SIZE)
-        way = xstate.ljust(self._frames - self._base, b"\0")
-        way += signal_frame(self._gadgets.sigreturn, close, ALL_SIGNALS, self._base)
-        way += signal_frame(self._gadgets.sigreturn, self._home, self._mask, self._base)
-        self._write(way)
+        soft, hard = self._process.descriptor_limits()
+        if self._expected >= soft:
+            self._limit = (soft, hard)
+            self._enough = (self._expected + 1, max(hard, self._expected + 1))
+        after = _LIMIT if self._limit else _HOME
+        close = self._call_registers(SYS_CLOSE, (self._expected,), self._frame(after))
+        frames = signal_frame(self._gadgets.sigreturn, close, ALL_SIGNALS, self._base)
+        limit = self._limit_registers()
+        frames += signal_frame(self._gadgets.sigreturn, limit, ALL_SIGNALS, self._base)
+        frames += signal_frame(self._gadgets.sigreturn, self._home, self._mask, self._base)
+        return frames + struct.pack("<QQQQ", soft, hard, *self._enough)
+
+    def _frame(self, number: int) -> int:
+        return self._frames + number * _FRAME_SIZE
+
+    def _limit_registers(self) -> Registers:
+        args = (resource.RLIMIT_NOFILE, self.scratch)
+        return self._call_registers(SYS_SETRLIMIT, args, self._frame(_HOME))
+
+    def _raise_limit(self) -> None:
+        """The target may do it itself up to its hard limit; beyond, we need CAP_SYS_RESOURCE.
+
+        Without that the call that follows will fail with EMFILE, which says enough.
+        """
+        self._raised = True
+        if self._limit and self._enough[1] == self._limit[1]:
+            args = (resource.RLIMIT_NOFILE, self.scratch + 16)
+            self._run(self._call_registers(SYS_SETRLIMIT, args, self._frame(_LIMIT)))
+            return
+        self._head_for(self._limit_registers())
+        with suppress(PermissionError):
+            resource.prlimit(self._process.pid, resource.RLIMIT_NOFILE, self._enough)
+
+    def _lower_limit(self) -> None:
+        self._run(self._limit_registers())
+        self._raised = False
+
+    def _lower_left(self) -> None:
+        """Where something failed while the limit was raised."""
+        self._head_home()
+        self._lower_limit()
 
     def _write(self, data: bytes) -> None:
         point("pwrite /proc/PID/mem")
@@ -214,19 +275,28 @@ class Injector:
 
         ``opens``: it makes a descriptor, which the target closes should we die before we do.
         """
-        stack = self._frames if opens else self._frames + _FRAME_SIZE
-        if opens:
-            self._opened = self._expected  # until we know better
-        self._thread.set_registers(self._call_registers(number, args, stack))
+        if not opens:
+            return self._run(self._call_registers(number, args, self._frame(_HOME)))
+        if self._limit:
+            self._raise_limit()
+        self._opened = self._expected  # until we know better
+        self._opened = self._run(self._call_registers(number, args, self._frame(_CLOSE)))
+        result = self._opened
+        if self._raised:
+            self._lower_limit()
+        return result
+
+    def _run(self, registers: Registers) -> int:
+        self._head_for(registers)
+        self._to_syscall_stop()
+        self._to_syscall_stop()
+        return self._thread.registers().signed("rax")
+
+    def _head_for(self, registers: Registers) -> None:
+        self._thread.set_registers(registers)
         if not self._began:
             self._began = True
             self._thread.set_sigmask(ALL_SIGNALS)
-        self._to_syscall_stop()
-        self._to_syscall_stop()
-        result = self._thread.registers().signed("rax")
-        if opens:
-            self._opened = result
-        return result
 
     def close_opened(self) -> None:
         """Have the target close what the last call opened; done on leaving if it was not before."""
@@ -275,8 +345,8 @@ class Injector:
     def _way_home(self) -> Registers:
         if not self._gadgets.heals:
             return self._home
-        frame = self._frames if self._opened >= 0 else self._frames + _FRAME_SIZE
-        stack = frame + 8
+        through = _CLOSE if self._opened >= 0 else _LIMIT if self._raised else _HOME
+        stack = self._frame(through) + 8
         return self._original.changed(orig_rax=-1, rip=self._gadgets.sigreturn, rsp=stack)
 
 
@@ -289,7 +359,7 @@ def _choose_thread(stopped: StoppedProcess, vmas: list[Vma]) -> tuple[pt.Tracee,
     stack = next((vma for vma in vmas if vma.name == "[stack]"), None)
     main = stopped.main()
     pointer = main.registers()["rsp"]
-    need = pt.XSTATE_MAX + 2 * _FRAME_SIZE + SCRATCH_SIZE + 256
+    need = pt.XSTATE_MAX + _FRAMES * _FRAME_SIZE + SCRATCH_SIZE + 256
     if stack is None or (stack.start + need <= pointer - RED_ZONE and pointer < stack.end):
         return main, pointer - RED_ZONE
     if not stack.start <= pointer < stack.end and stack.end - stack.start > 4 * need:

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import struct
@@ -103,7 +104,9 @@ class KernelScanner:
             )  # fmt: skip
             try:
                 count = ioctl(name, self.fd, _PAGEMAP_SCAN, arg)
-            except ProcessLookupError as error:
+            except OSError as error:
+                if error.errno not in (errno.ESRCH, errno.ENOTTY):
+                    raise
                 raise TargetGone("the address space that was scanned is gone") from error
             parts.append(self._vector[:count].copy())
             start = _ARG.unpack(arg)[4]

@@ -19,7 +19,7 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
 from crtrace.linux.libc import syscall
 from crtrace.linux.pagemap import Filter, KernelScanner
-from crtrace.linux.procfs import Process, Vma
+from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import EVERYTHING, Scan
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
@@ -70,6 +70,14 @@ def try_on_ourselves() -> None:
         raise OSError("a write to an armed page was not reported as it should be")
 
 
+def _no_scan(process: Process) -> Exception:
+    """Why a process's pagemap cannot be scanned: for want of the feature, or of the process."""
+    with open("/proc/self/pagemap", "rb", buffering=0) as own:
+        if pagemap.supported(own.fileno()):
+            return calls_exec(process) if process.alive() else process.gone()
+    return FeatureMissing("this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 or later is needed")
+
+
 class UserfaultfdArmer:
     """Arms one process. It holds the only descriptor of the userfaultfd: when that closes, by
     :meth:`close` or by our death, the kernel lifts every protection."""
@@ -92,9 +100,7 @@ class UserfaultfdArmer:
 
     def _prepare(self) -> None:
         if not pagemap.supported(self._pagemap):
-            raise FeatureMissing(
-                "this kernel has no PAGEMAP_SCAN", hint="Linux 6.7 or later is needed"
-            )
+            raise _no_scan(self._process)
         self._scanner = KernelScanner(self._pagemap)
         self._space.refresh()
         self._gadgets = find_gadgets(self._process, self._space.vmas)

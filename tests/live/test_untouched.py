@@ -19,7 +19,7 @@ from crtrace.demo.judge import Judge
 from crtrace.errors import CrtraceError, TargetBusy, TargetGone
 from crtrace.image.store import ChainWriter
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Programs
 from crtrace.units import Pid
@@ -362,7 +362,7 @@ def test_a_vfork_that_begins_before_the_stop_keeps_only_its_own_thread(spawn: Sp
     if tracer == 0:
         try:
             stop = StoppedProcess(Process(Pid(target.pid)), patience=0.05)
-            stop._look_before = lambda deadline: None  # type: ignore[method-assign]
+            stop.look_before = lambda deadline: None  # type: ignore[method-assign]
             stop.stop()
         finally:
             os._exit(0)

@@ -263,7 +263,7 @@ class Watch:
         for event in self._events.read() if self._events else ():
             if event.kind == "exit" and event.pid in watched:
                 self._statuses[event.pid] = event.status
-            if event.kind == "exec" and event.pid in watched:
+            if event.kind == "exec" and event.pid in self._alive:
                 execs.append(event.pid)
         if self._events and self._events.overflowed:
             self._events.overflowed = False

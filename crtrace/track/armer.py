@@ -54,7 +54,8 @@ class Armer(Protocol):
 
     def everything(self) -> U64:
         """All pages that have contents of their own, written or not: page ranges, for a full image.
-        What appears while this runs is in the next scan."""
+        What appears while this runs is in the next scan, and so is what cannot be armed: to read
+        such a page while the target runs could be a page fault for its own userfaultfd."""
 
     def close(self) -> None:
         """Leave the target as it was; it may be called twice."""

@@ -153,7 +153,7 @@ class UserfaultfdArmer:
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
         ranges, _ = self._scanner.scan(pagemap.OWN)
-        return merge(ranges)
+        return subtract(merge(ranges), self._space.ranges(self._is_refused))
 
     def _register(self, space: AddressSpace, fresh: U64) -> U64:
         """Register the VMAs of unprotected pages; the pages of those that cannot be.
@@ -167,7 +167,10 @@ class UserfaultfdArmer:
             error = uffd.register(self._uffd, vma.start, vma.end)
             if error in (errno.EBUSY, errno.EPERM, errno.EINVAL):
                 self._refused.add(vma)
-        return intersect(fresh, space.ranges(lambda vma: vma in self._refused))
+        return intersect(fresh, space.ranges(self._is_refused))
+
+    def _is_refused(self, vma: Vma) -> bool:
+        return vma in self._refused
 
     def _not_present_ranges(self, space: AddressSpace) -> tuple[U64, U64]:
         """Where page tables have nothing but the zero page; and pages that only look swapped out.

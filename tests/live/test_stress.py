@@ -39,7 +39,6 @@ STRESSORS = {
     "mmap of a file": "--mmap 1 --mmap-bytes 4M --mmap-file",
     "mmapaddr": "--mmapaddr 1",
     "mmapfixed": "--mmapfixed 1",
-    "brk": "--brk 1",
     "stack with gaps": "--stack 1 --stack-unmap",
     "bigheap": "--bigheap 1 --bigheap-growth 64K",
     "malloc": "--malloc 1 --malloc-bytes 64K --malloc-max 1024",
@@ -52,12 +51,13 @@ STRESSORS = {
     "io-uring": "--io-uring 1",
 }
 FAMILIES = {
+    "brk": "--brk 1",
     "mprotect": "--mprotect 1",
     "rmap": "--rmap 1",
     "stackmmap": "--stackmmap 1",
     "userfaultfd": "--userfaultfd 1 --userfaultfd-bytes 4M",
 }
-"""Stressors of several processes at work on the same memory."""
+"""Stressors of several processes that write the same memory, if only counters."""
 EPOCHS = int(os.environ.get("CRTRACE_STRESS_EPOCHS", "4"))
 WORKERS = 10
 """How many may end under watch, one after another, before that is a failure."""
@@ -153,9 +153,13 @@ def cpu_time(pid: int) -> int:
 
 
 def let_work(pid: int) -> None:
-    """Return once a process has used some more CPU, or has ended."""
-    before = cpu_time(pid)
-    wait_until(lambda: not before <= cpu_time(pid) < before + SOME, f"{pid} goes on working")
+    """Return once a process, or one below it, has used some more CPU, or it has ended."""
+
+    def used() -> int:
+        return sum(map(cpu_time, [pid, *descendants(pid)]))
+
+    before = used()
+    wait_until(lambda: not cpu_time(pid) or abs(used() - before) > SOME, f"{pid} goes on working")
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from crtrace.linux.ptrace import StoppedProcess
 from crtrace.units import Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged
-from tests.live.harness import wait_until
+from tests.live.harness import tasks, wait_until
 
 STRESSORS = {
     "vm": "--vm 1 --vm-bytes 16M --vm-method all",
@@ -26,7 +26,6 @@ STRESSORS = {
     "vm kept": "--vm 1 --vm-bytes 16M --vm-keep --vm-populate",
     "vm locked": "--vm 1 --vm-bytes 16M --vm-locked",
     "vm merged": "--vm 1 --vm-bytes 16M --vm-madvise mergeable",
-    "vm-rw": "--vm-rw 1 --vm-rw-bytes 8M",
     "vm-splice": "--vm-splice 1",
     "mremap": "--mremap 1 --mremap-bytes 8M",
     "madvise": "--madvise 1",
@@ -52,12 +51,13 @@ STRESSORS = {
 }
 FAMILIES = {
     "brk": "--brk 1",
+    "vm-rw": "--vm-rw 1 --vm-rw-bytes 8M",
     "mprotect": "--mprotect 1",
     "rmap": "--rmap 1",
     "stackmmap": "--stackmmap 1",
     "userfaultfd": "--userfaultfd 1 --userfaultfd-bytes 4M",
 }
-"""Stressors of several processes that write the same memory, if only counters."""
+"""Stressors of several processes that write the same memory, or each other's."""
 EPOCHS = int(os.environ.get("CRTRACE_STRESS_EPOCHS", "4"))
 WORKERS = 10
 """How many may end under watch, one after another, before that is a failure."""
@@ -130,26 +130,25 @@ class StressNg:
             self.process.wait()
 
 
+def of_threads(pid: int, name: str) -> list[str]:
+    """A file of ``/proc`` for each thread; nothing of those that are gone."""
+    found = []
+    with suppress(FileNotFoundError, ProcessLookupError):
+        for tid in tasks(pid):
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found.append(Path(f"/proc/{pid}/task/{tid}/{name}").read_text())
+    return found
+
+
 def descendants(pid: int) -> list[int]:
     """The children of a process, theirs, and so on."""
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = [int(child) for child in path.read_text().split()]
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        for child in children:
-            found += [child, *descendants(child)]
-    return found
+    children = [int(child) for line in of_threads(pid, "children") for child in line.split()]
+    return children + [each for child in children for each in descendants(child)]
 
 
 def cpu_time(pid: int) -> int:
     """Nanoseconds of CPU that the threads of a process have used; 0 if it is gone."""
-    total = 0
-    for path in Path(f"/proc/{pid}/task").glob("*/schedstat"):
-        with suppress(FileNotFoundError, ProcessLookupError):
-            total += int(path.read_text().split()[0])
-    return total
+    return sum(int(line.split()[0]) for line in of_threads(pid, "schedstat"))
 
 
 def let_work(pid: int) -> None:
@@ -175,7 +174,7 @@ def stress_ng(options: str, directory: Path) -> Iterator[StressNg]:
 
 @contextmanager
 def others_stopped(stress: StressNg, pid: int) -> Iterator[None]:
-    """All other processes of stress-ng stand still, so that none writes what ``pid`` maps too."""
+    """All other processes of stress-ng stand still, so that none writes memory of ``pid``."""
     held = {pid}
     with ExitStack() as stack:
         while fresh := {stress.process.pid, *descendants(stress.process.pid)} - held:

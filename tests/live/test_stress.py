@@ -34,7 +34,7 @@ STRESSORS = {
     "shm-sysv": "--shm-sysv 1 --shm-sysv-bytes 4M",
     "fork": "--fork 1",
     "fork with memory": "--fork 1 --fork-vm",
-    "mmap": "--mmap 1 --mmap-bytes 8M --mmap-mprotect",
+    "mmap": "--mmap 1 --mmap-bytes 8M",
     "mmap of a file": "--mmap 1 --mmap-bytes 4M --mmap-file",
     "mmapaddr": "--mmapaddr 1",
     "mmapfixed": "--mmapfixed 1",

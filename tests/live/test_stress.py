@@ -14,7 +14,7 @@ import pytest
 
 from crtrace.errors import TargetGone
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import StoppedProcess
+from crtrace.linux.stop import StoppedProcess
 from crtrace.units import Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged

@@ -249,7 +249,7 @@ def test_which_task(path: Path, tmp_path: Path) -> None:
     assert export(path, out, pid=4242) > 0
     with pytest.raises(UsageError, match="it has: 4242, 4300"):
         export(path, out, pid=1)
-    with pytest.raises(CrtraceError, match="pid 4300 has no memory"):
+    with pytest.raises(CrtraceError, match="process 4300 had ended"):
         export(path, out, pid=4300)
 
 

@@ -232,10 +232,6 @@ def chunk_of_nothing(image: Image) -> None:
     image.records(9)[0].payload[:] = bytes(3)
 
 
-def wrong_space(image: Image) -> None:
-    image.records(9)[0].payload[0] = 77
-
-
 def unknown_space_in_mm(image: Image) -> None:
     image.records(4)[0].payload[0] = 77
 
@@ -255,7 +251,7 @@ def huge_blob(image: Image) -> None:
 LIES: list[Callable[[Image], None]] = [
     replace_page, point_elsewhere, wrong_slot, unknown_kind, lie_about_zero, descending_pages,
     absurd_count, short_index, two_indexes, no_index, too_many_pages, no_pages, codec_unknown,
-    chunk_of_nothing, wrong_space, unknown_space_in_mm, stats_no_json, parent_to_come, huge_blob,
+    chunk_of_nothing, unknown_space_in_mm, stats_no_json, parent_to_come, huge_blob,
 ]  # fmt: skip
 
 

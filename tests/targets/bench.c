@@ -164,6 +164,21 @@ static void setup(void)
 		write_page(i, &random);
 }
 
+/* Shared memory, for what comparing it costs. */
+static void setup_shared(void)
+{
+	size_t bytes = option("--shared-mib", 0) << 20;
+	char *at;
+
+	if (!bytes)
+		return;
+	at = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+	if (at == MAP_FAILED)
+		die("--shared-mib");
+	for (size_t page = 0; page < bytes / PAGE; page++)
+		pattern_write(at + page * PAGE, 1, page);
+}
+
 static void start(void *(*body)(void *))
 {
 	pthread_t thread;
@@ -180,6 +195,7 @@ int main(int argc, char **argv)
 
 	target_begin(argc, argv);
 	setup();
+	setup_shared();
 	crew.members = 1;
 	start(write_for_ever);
 	start(tick_for_ever);

@@ -18,7 +18,7 @@
 
 #define INHERITED_PAGES 1024
 #define MAX_CHILDREN 256
-#define MAX_THREADS 16
+#define MAX_THREADS 32
 
 static char *inherited;
 static pid_t children[MAX_CHILDREN], sharer;

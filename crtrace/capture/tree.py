@@ -310,6 +310,8 @@ class StoppedTree:
         for member in list(self._tree.members):
             if member not in self._held or not self._held[member].tracees:
                 self._tree.depart(member)
+        if not self._tree.members:
+            raise TargetGone(f"process {self._tree.root.process.pid} has exited")
         root = self._tree.root
         if root in self._tree.members and not root.settled:
             raise ProgramChanged(f"process {root.process.pid} called execve")

@@ -23,6 +23,7 @@ _BUFFERS = re.compile(rb"^UserBufs:\t(\d+)\n((?: *\d+: .*\n)*)", re.M)
 _BUFFER = re.compile(rb": 0x([0-9a-f]+)/(\d+)$", re.M)
 _FLAGS = re.compile(rb"^flags:\t([0-7]+)$", re.M)
 _INODE = re.compile(rb"^ino:\t(\d+)$", re.M)
+_COMPLETED = re.compile(rb"^CqTail:\t[1-9]", re.M)
 _HUGE = 2 << 20
 _TRIES = 100
 
@@ -69,11 +70,12 @@ class Pins:
         return max(0, pinned - (int((wide[:, 1] - wide[:, 0]).sum()) << PAGE_SHIFT))
 
     def unmapped_rings(self, process: Process, space: AddressSpace) -> int:
-        """Rings that no VMA shows: the kernel may write their entries into memory of the target's
-        own (IORING_SETUP_NO_MMAP), and nothing tells where."""
+        """Rings in use that no VMA shows: the kernel writes their entries into memory of the
+        target's own (IORING_SETUP_NO_MMAP), and nothing tells where."""
         mapped = {vma.inode for vma in space.vmas if vma.name == _RING}
-        found = (_INODE.search(_fdinfo(process, fd)) for fd in self.rings)
-        return sum(1 for inode in found if inode and int(inode[1]) not in mapped)
+        found = [_fdinfo(process, fd) for fd in self.rings]
+        inodes = [_INODE.search(info) for info in found if _COMPLETED.search(info)]
+        return sum(1 for inode in inodes if inode and int(inode[1]) not in mapped)
 
     def _spans(self, process: Process) -> U64:
         """(address, bytes) of each buffer of each ring; one that two rings share comes twice."""

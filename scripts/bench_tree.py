@@ -1,4 +1,4 @@
-"""Measure what scripts/bench does not: trees of processes, shared memory, and comparing.
+"""Measure what scripts/bench does not: trees of processes, shared memory, and each way of writing.
 
 Everything runs interleaved in one run; medians, with minimum and maximum.
 """
@@ -20,7 +20,8 @@ from crtrace.capture.session import Session
 from crtrace.units import Pid
 from tests.live.harness import Target
 
-MIB = 1 << 20
+WITHOUT_PAUSE = "aio_direct_at_full_speed"
+"""Of the ways, the one that goes on by itself."""
 Samples = dict[str, list[float]]
 
 
@@ -68,6 +69,18 @@ def measure(options: argparse.Namespace) -> Samples:
     return samples
 
 
+def each_way(runs: int) -> Samples:
+    """The pause after each way of changing memory that the target ``ways`` has."""
+    samples: Samples = {}
+    with Target("ways") as target, watched(target) as session:
+        for _ in range(runs):
+            take(session, samples, "nothing")
+            for way in target.info["ways"]:
+                if way != WITHOUT_PAUSE and target.command(way) == "ok":
+                    take(session, samples, way)
+    return {name: values for name, values in samples.items() if name.endswith("pause")}
+
+
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench-tree", description=__doc__)
@@ -75,6 +88,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=50)
     parser.add_argument("--threads", type=int, default=20, help="of each process")
     parser.add_argument("--shared", type=int, default=256, help="MiB of shared memory")
+    parser.add_argument("--ways", action="store_true", help="each way of changing memory instead")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args(arguments)
 
@@ -82,7 +96,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main() -> None:
     """Measure and print."""
     options = parse(sys.argv[1:])
-    samples = measure(options)
+    samples = each_way(options.runs) if options.ways else measure(options)
     if options.json:
         print(json.dumps({"schema_version": 1, "options": vars(options), "samples": samples}))
         return

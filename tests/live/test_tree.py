@@ -241,12 +241,16 @@ def test_a_whole_tree_goes_on_when_crtrace_is_killed(spawn: Spawn, tmp_path: Pat
 def test_a_traced_descendant_is_left_out_aloud(spawn: Spawn, tmp_path: Path) -> None:
     target = spawn("spawner")
     traced, free = (child["pid"] for child in target.ask("fork 2 16"))
-    with _traced(traced), judged(target.pid, tmp_path / "chain", tree=True) as judge:
-        judge.take()
-        assert pids_of(judge) == {target.pid, free}
-        assert [str(traced) in limit for limit in judge.stats[0]["limits"]] == [True]
+    with _traced(traced):
+        with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+            judge.take()
+            assert pids_of(judge) == {target.pid, free}
+            assert [str(traced) in limit for limit in judge.stats[0]["limits"]] == [True]
+        result = run("watch", target.pid, "-o", tmp_path / "other", "--tree", "--count", 1)
+        result.expect(3, f"process {traced} is left out")
     (shown,) = run("show", tmp_path / "chain", "--json").expect(0).events
     assert shown["stats"]["limits"] == judge.stats[0]["limits"]
+    assert f"process {traced} is left out" in run("show", tmp_path / "chain").stdout
     target.terminate_and_check()
 
 

@@ -228,7 +228,7 @@ class Session:
         if target.fresh and not part.rounds:
             self._pipeline.wait_idle()
             self._inherit(image, target)
-        scan = target.armer.scan(target.map)
+        scan = target.armer.scan(target.map, stopped=False)
         part.found(scan.written)
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, part.retry()), scan.unarmed)
@@ -353,7 +353,7 @@ class Session:
         return changed
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
-        scan = target.armer.scan(target.map)
+        scan = target.armer.scan(target.map, stopped=True)
         part.found(scan.written)
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import struct
-from contextlib import suppress
 
 from crtrace.errors import FeatureMissing
 from crtrace.linux.libc import ioctl
@@ -21,7 +20,6 @@ CREATE_FLAGS = O_CLOEXEC | USER_MODE_ONLY
 _UFFD_API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
-_UFFDIO_UNREGISTER = 0x8010AA01
 _UFFDIO_WRITEPROTECT = 0xC018AA06
 _REGISTER_MODE_WP = 2
 WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
@@ -42,27 +40,31 @@ def enable(fd: int) -> None:
 def register(fd: int, start: int, end: int) -> int:
     """Register whole VMAs in ``[start, end)`` (bytes) for write protection; 0 or the errno.
 
-    Afterwards no page of them is protected. Marks may be left from an earlier registration that
-    ``mremap`` ended, on pages that have been made writable since: such a page would look protected
-    for ever, and its writes be missed. So all marks are taken off.
+    While the target is stopped: a VMA that has changed since it was seen would be registered in
+    part, and thereby split. Then, before a scan is believed, :func:`clear_marks`.
 
     ``EBUSY``: another userfaultfd holds the range. ``EPERM``/``EINVAL``: the kernel does not track
     that kind. ``ENOMEM``: the range is gone, or its address space is.
     """
+    registration = struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
+    return _try("UFFDIO_REGISTER", fd, _UFFDIO_REGISTER, registration)
+
+
+def clear_marks(fd: int, start: int, end: int) -> int:
+    """Lift the protection of all pages in registered VMAs; 0 or the errno.
+
+    Marks may be left from an earlier registration that ``mremap`` ended, on pages that have been
+    made writable since: such a page would look protected for ever, and its writes be missed.
+
+    ``ENOENT``: there is something that is not registered.
+    """
+    protection = struct.pack("<3Q", start, end - start, 0)
+    return _try("UFFDIO_WRITEPROTECT", fd, _UFFDIO_WRITEPROTECT, protection)
+
+
+def _try(name: str, fd: int, request: int, argument: bytes) -> int:
     try:
-        registration = struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
-        ioctl("UFFDIO_REGISTER", fd, _UFFDIO_REGISTER, registration)
+        ioctl(name, fd, request, argument)
     except OSError as error:
         return error.errno or errno.EIO
-    try:
-        protection = struct.pack("<3Q", start, end - start, 0)
-        ioctl("UFFDIO_WRITEPROTECT", fd, _UFFDIO_WRITEPROTECT, protection)
-    except OSError as error:
-        # The map changed under us: what was registered of it must not be believed.
-        with suppress(OSError):
-            ioctl("UFFDIO_UNREGISTER", fd, _UFFDIO_UNREGISTER, registration[:16])
-        return error.errno or errno.EIO
-    except BaseException:
-        ioctl("UFFDIO_UNREGISTER", fd, _UFFDIO_UNREGISTER, registration[:16])
-        raise
     return 0

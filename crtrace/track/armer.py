@@ -48,9 +48,12 @@ class Armer(Protocol):
     def arm(self, stopped: StoppedProcess) -> None:
         """Set up, with the target stopped. Everything counts as written until the first scan."""
 
-    def scan(self, space: AddressSpace) -> Scan:
-        """The sets as of now. ``space`` must have been refreshed if the target is stopped; while it
-        runs, the scan refreshes it itself where it has to. Raises ``TargetGone``."""
+    def scan(self, space: AddressSpace, *, stopped: bool) -> Scan:
+        """The sets as of now. Raises ``TargetGone``.
+
+        ``space`` must have been refreshed if the target is ``stopped``; while it runs, the scan
+        refreshes it itself where it has to, and may stop the target for a moment.
+        """
 
     def everything(self) -> U64:
         """All pages that have contents of their own, written or not: page ranges, for a full image.

@@ -31,7 +31,7 @@ class CompareArmer:
     def arm(self, stopped: StoppedProcess) -> None:
         """See :class:`crtrace.track.armer.Armer`."""
 
-    def scan(self, space: AddressSpace) -> Scan:
+    def scan(self, space: AddressSpace, *, stopped: bool) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.ranges(lambda vma: not vma.shared))
         return Scan(own, subtract(EVERYTHING, own), own)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from contextlib import nullcontext
 
 import numpy as np
 
@@ -20,12 +21,25 @@ from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descript
 from crtrace.linux.libc import syscall
 from crtrace.linux.pagemap import Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma, calls_exec
+from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import EVERYTHING, Scan
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
+from crtrace.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    U64,
+    count_pages,
+    intersect,
+    merge,
+    no_pages,
+    subtract,
+)
 
 SMALL_GAP = 64  # pages
 UNPROTECTED = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.GUARD | pagemap.WPALLOWED)
+OWN_PROTECTED = Filter(need=pagemap.WPALLOWED, exclude=pagemap.OWN.exclude)
+FEW = 512
+"""Unprotected pages that are not worth a stop of their own."""
 WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
 
 
@@ -90,6 +104,8 @@ class UserfaultfdArmer:
         self._uffd = -1
         self._pagemap = process.open("pagemap")
         self._refused: set[Vma] = set()
+        self._uncleared: list[Vma] = []
+        """Registered, and their marks not yet taken off."""
         self._doubtful = False
         self.ldt = b""
         try:
@@ -133,10 +149,12 @@ class UserfaultfdArmer:
             return FeatureMissing("this kernel has no userfaultfd")
         return error
 
-    def scan(self, space: AddressSpace) -> Scan:
+    def scan(self, space: AddressSpace, *, stopped: bool) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)
-        unarmed = self._register(space, fresh) if len(fresh) else fresh
+        unarmed = self._adopt(space, fresh, stopped) if len(fresh) else fresh
+        if self._uncleared:
+            self._clear_marks(space, stopped)
         # What a scan has armed and could not hand over looks as if it had not been written.
         again, self._doubtful = self._doubtful, True
         written, _ = self._scanner.scan(WRITTEN, arm=True)
@@ -152,22 +170,57 @@ class UserfaultfdArmer:
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
-        ranges, _ = self._scanner.scan(pagemap.OWN)
+        ranges, _ = self._scanner.scan(OWN_PROTECTED)
         return subtract(merge(ranges), self._space.ranges(self._is_refused))
 
-    def _register(self, space: AddressSpace, fresh: U64) -> U64:
-        """Register the VMAs of unprotected pages; the pages of those that cannot be.
+    def _adopt(self, space: AddressSpace, fresh: U64, stopped: bool) -> U64:
+        """Register the VMAs of unprotected pages; the pages that remain without protection.
 
-        A VMA that has just been registered may hold stale marks (of ``mremap``), so all that it
-        held counts as written whatever its marks say.
+        All that a VMA holds when it is registered counts as written, whatever its marks say. If
+        the target runs, it is stopped for that, unless the pages are so few that they can as well
+        be read in the pause.
         """
+        if stopped:
+            self._register(space, fresh)
+        elif count_pages(fresh) <= FEW:
+            return fresh
+        else:
+            try:
+                with signals_held(), StoppedProcess(self._process):
+                    self._register(space, fresh)
+            except TargetBusy:
+                return fresh
+        return intersect(fresh, space.ranges(self._is_refused))
+
+    def _register(self, space: AddressSpace, fresh: U64) -> None:
         space.refresh()
-        vmas = [vma for vma in space.touching(fresh) if vma not in self._refused]
-        for vma in vmas:
+        for vma in space.touching(fresh):
+            if vma in self._refused:
+                continue
+            self._uncleared.append(vma)
             error = uffd.register(self._uffd, vma.start, vma.end)
+            if error:
+                self._uncleared.pop()
             if error in (errno.EBUSY, errno.EPERM, errno.EINVAL):
                 self._refused.add(vma)
-        return intersect(fresh, space.ranges(self._is_refused))
+
+    def _clear_marks(self, space: AddressSpace, stopped: bool) -> None:
+        """Make all pages of VMAs that were just registered count as written.
+
+        Where the map has changed since, that is done once more with the target stopped.
+        """
+        changed = [
+            vma for vma in self._uncleared if uffd.clear_marks(self._uffd, vma.start, vma.end)
+        ]
+        if changed:
+            with nullcontext() if stopped else StoppedProcess(self._process):
+                space.refresh()
+                spans = [(vma.first_page, vma.end_page) for vma in changed]
+                for vma in space.touching(merge(np.array(spans, dtype=np.uint64))):
+                    error = uffd.clear_marks(self._uffd, vma.start, vma.end)
+                    if error not in (0, errno.ENOENT):
+                        raise OSError(error, os.strerror(error), str(vma))
+        self._uncleared = []
 
     def _is_refused(self, vma: Vma) -> bool:
         return vma in self._refused

@@ -306,9 +306,10 @@ class Process:
         return TargetGone(f"process {self.pid} has exited")
 
     def alive(self) -> bool:
-        """Whether its first thread lives: it exists and is no zombie."""
+        """Whether its first thread lives: it exists, and neither is a zombie nor becomes one."""
         try:
-            return self.stat().state not in "ZX"
+            stat = self.stat()
+            return stat.state not in "ZX" and not stat.flags & PF_EXITING
         except (OSError, TargetGone):
             return False
 

@@ -129,6 +129,12 @@ class UserfaultfdArmer:
     def arm(self, stopped: StoppedProcess) -> None:
         """Create the userfaultfd inside the target and take it out."""
         self._space.refresh()
+        theirs, _ = self._scanner.scan(Filter(need=pagemap.WPALLOWED))
+        if len(theirs):
+            raise TargetBusy(
+                f"process {self._process.pid} tracks its own writes by userfaultfd: two cannot",
+                hint="CRTRACE_ARMER=compare reads all memory instead",
+            )
         try:
             with Injector(stopped, self._space.vmas, self._gadgets) as injector:
                 self._uffd = take_descriptor(

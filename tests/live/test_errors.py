@@ -699,3 +699,12 @@ def test_an_export_onto_a_full_disk_leaves_nothing(spawn: Spawn, chain: Path, di
     watch_once(spawn("writer", "--mib", 16, "--fill", 1).pid, chain).expect(0)
     run("export", chain, "-o", disk / "core").expect(1, "no space left", str(disk / "core"))
     assert names(disk) == set()
+
+
+def test_a_target_that_tracks_its_own_writes_is_busy(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("lazy", "--async", 1)
+    path = tmp_path / "chain"
+    run("watch", target.pid, "-o", path, "--count", 1).expect(13, "tracks its own writes")
+    compare = {"CRTRACE_ARMER": "compare"}
+    run("watch", target.pid, "-o", path, "--count", 2, "--interval", 0.1, env=compare).expect(0)
+    assert verified(path) == [0, 1]

@@ -3,12 +3,18 @@
  * thread writes page after page and discards them all again, another answers its page faults.
  * Every fault should come from a write: one that reads is somebody else's.
  *
- * Options: --pages N (512). Commands: check, stats.
+ * Options: --pages N (512), --async 1: write protection of its own (WP_ASYNC) instead, and no
+ * thread at all. Commands: check, stats.
  */
 #include "target.h"
 
 #include <linux/userfaultfd.h>
 #include <sys/ioctl.h>
+
+#ifndef UFFD_FEATURE_WP_ASYNC /* Linux 6.7 */
+#define UFFD_FEATURE_WP_ASYNC (1 << 15)
+#endif
+#define UNPOPULATED (1 << 13)
 
 static int uffd;
 static uint8_t *area;
@@ -16,10 +22,10 @@ static size_t bytes;
 static uint8_t source[PAGE] __attribute__((aligned(4096)));
 static volatile uint64_t answered, strange, rounds;
 
-static void open_userfaultfd(void)
+static void open_userfaultfd(uint64_t features, uint64_t mode)
 {
-	struct uffdio_api api = { .api = UFFD_API };
-	struct uffdio_register range = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	struct uffdio_register range = { .mode = mode };
 
 	range.range.start = (uint64_t)area;
 	range.range.len = bytes;
@@ -75,9 +81,14 @@ int main(int argc, char **argv)
 	target_begin(argc, argv);
 	bytes = option("--pages", 512) * PAGE;
 	area = map_anon(bytes);
-	open_userfaultfd();
-	start(answer);
-	start(write_and_discard);
+	if (option("--async", 0)) {
+		open_userfaultfd(UFFD_FEATURE_WP_ASYNC | UNPOPULATED, UFFDIO_REGISTER_MODE_WP);
+		memset(area, 1, bytes);
+	} else {
+		open_userfaultfd(0, UFFDIO_REGISTER_MODE_MISSING);
+		start(answer);
+		start(write_and_discard);
+	}
 	put(&text, "{\"pid\": %d, \"area\": {\"addr\": %lu, \"bytes\": %lu}}", getpid(),
 	    (uint64_t)area, bytes);
 	say_ready(&text);

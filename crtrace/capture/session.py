@@ -154,6 +154,7 @@ class Session:
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
+        image.repeats = any(target.compared for target in self._tree.targets())
         with image, self._pipeline.writing(image):
             self._precopy(work, image, full)
             with self._mapped_objects(work, full) as objects:

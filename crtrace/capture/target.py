@@ -85,10 +85,15 @@ class Target:
             return False
         return same and self.reader.same_program(self._landmark[0])
 
+    @property
+    def compared(self) -> bool:
+        """Whether nothing is armed, so that all is read in every pause."""
+        return isinstance(self.armer, CompareArmer)
+
     def look_for_pins(self) -> None:
         """Find what may be written without a fault; while it runs, once an epoch."""
         self.limits = []
-        if isinstance(self.armer, CompareArmer):
+        if self.compared:
             return  # all is read each time anyway
         self.pins.find(self.process)
         who = f"process {self.process.pid}"
@@ -107,7 +112,7 @@ class Target:
     def pinned(self, scanned: U64) -> U64:
         """Pages to read whatever the scan says; while it is stopped. ``scanned``: what was found
         written for this epoch, and armed again, perhaps before a direct read into it ended."""
-        if isinstance(self.armer, CompareArmer):
+        if self.compared:
             return no_pages()
         fixed = self.pins.ranges(self.process)
         return merge(fixed, scanned, self.recent) if self.pins.direct else fixed

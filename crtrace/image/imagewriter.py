@@ -85,6 +85,8 @@ class ImageWriter:
         self._origins: dict[int, Origin] = {}
         self._lock = threading.Lock()
         self._skipped = self._inherited = self._raw = self._stored = 0
+        self.repeats = False
+        """Whether many pages come again with the same contents. To find them takes memory."""
         self._open = True
         self._file = RecordFile(directory, image_name(header.epoch))
         try:
@@ -129,8 +131,8 @@ class ImageWriter:
 
         Pages that the parent has with the same contents are passed over. A page that comes again
         in a higher ``round`` (they count from 0) supersedes what came before, in whatever order
-        the threads get to it; with the same contents it is not stored again. ``pages`` and
-        ``data`` may be reused after the call.
+        the threads get to it; with ``repeats``, and the same contents, it is not stored again.
+        ``pages`` and ``data`` may be reused after the call.
         """
         if data.shape != (len(pages), PAGE_SIZE):
             raise ValueError(f"{len(pages)} pages, and contents of shape {data.shape}")
@@ -153,10 +155,11 @@ class ImageWriter:
             # It may have been stored in an earlier round, by a thread that is not there yet.
             places = np.full(int(same.sum()), place(SAME))
             pending.add(round, pages[same], places)
-            again, places = pending.stored_before(round, pages, hashes)
-            again &= keep
-            pending.add(round, pages[again], places[again], hashes[again])
-            keep &= ~again
+            if self.repeats:
+                again, places = pending.stored_before(round, pages, hashes)
+                again &= keep
+                pending.add(round, pages[again], places[again], hashes[again])
+                keep &= ~again
         places = np.full(int(zero.sum()), place(PageKind.ZERO))
         pending.add(round, pages[zero], places, hashes[zero])
         inherited = 0

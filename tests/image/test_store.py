@@ -106,6 +106,7 @@ def test_contents_that_come_again_are_stored_once(path: Path, order: tuple[int, 
         {1: page(7), 2: page(6), 3: ZERO, 4: page(9)},
     ]
     with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+        image.repeats = True
         add_task(image)
         for at in order:
             write(image, rounds[at], round=at)

@@ -37,7 +37,9 @@ from tests.live.harness import (
 )
 
 Spawn = Callable[..., Target]
-C_TARGETS = sorted(path.stem for path in SOURCES.glob("*.c"))
+LAUNCHERS = {"without"}
+"""Programs that only start others."""
+C_TARGETS = sorted({path.stem for path in SOURCES.glob("*.c")} - LAUNCHERS)
 
 
 def flip_byte(pid: int, addr: int) -> None:

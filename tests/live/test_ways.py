@@ -109,7 +109,7 @@ FROM_OUTSIDE = (
 )  # fmt: skip
 """Writers who do not stop with the target, so they are not asked to write during the pause."""
 
-SEEDS = range(int(os.environ.get("CRTRACE_SEEDS", "20")))
+SEEDS = range(int(os.environ.get("CRTRACE_SEEDS", "10")))
 """Of the random sequences; more of them make a hunt."""
 EPOCHS = 7
 ALONE_TOGETHER = 20

@@ -254,7 +254,8 @@ class Tree:
         """It has ended."""
         self.members.remove(member)
         with suppress(TargetGone):
-            member.status = member.process.stat().exit_code  # while it is a zombie
+            stat = member.process.stat()
+            member.status = stat.exit_code if stat.state in "ZX" else None
         self.departed.append(member)
         if not self.of(member.target):
             member.target.close()
@@ -277,11 +278,17 @@ class Tree:
             self._forget(member)
             return
         try:
+            refuse_unsuitable(member.process)
             shared = self._sharing(member.process.pid)
             space = before.space if remains else self._spaces.of_program(member.process)
             member.target = shared or Target(member.process, space)
         except TargetGone:
             self.depart(member)
+        except UsageError as error:
+            if member is self.root:
+                raise
+            self.depart(member)
+            self.refused[member.process.pid] = str(error)
 
 
 class StoppedTree:

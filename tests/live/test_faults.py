@@ -39,7 +39,7 @@ QUIET = ("--mib", 1, "--rate", 40)
 """Little to copy, and a check that need not wait for the writer."""
 INDEX_ENTRY = "pwrite of the index entry"
 RAISED: dict[str, tuple[type[Exception], ...]] = {
-    "memory": (MemoryError,),
+    "memory": (MemoryError, CrtraceError),
     "enospc": (OSError, CrtraceError),
 }
 

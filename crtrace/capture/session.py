@@ -132,7 +132,7 @@ class Session:
             except TargetGone as error:
                 if not full and self.program_changed():
                     raise ProgramChanged(f"process {self.process.pid} called execve") from error
-                if not any(process.alive() for process in self.processes):
+                if self._tree.over or not any(process.alive() for process in self.processes):
                     raise self.process.gone() from error
         raise TargetBusy(
             f"process {self.process.pid} or one of its tree called execve or ended, "
@@ -142,7 +142,7 @@ class Session:
 
     def _attempt(self, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         self._tree.update()
-        if not self._tree.members:
+        if self._tree.over:
             raise self.process.gone()
         work = Work()
         try:

@@ -91,6 +91,11 @@ class Tree:
         if member is not self.root:
             member.process.close()
 
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing left to watch."""
+        return not self.members or not (self._follow or self.root in self.members)
+
     def targets(self) -> list[Target]:
         """The address spaces, each once."""
         return list({id(member.target): member.target for member in self.members}.values())
@@ -317,7 +322,7 @@ class StoppedTree:
         for member in list(self._tree.members):
             if member not in self._held or not self._held[member].tracees:
                 self._tree.depart(member)
-        if not self._tree.members:
+        if self._tree.over:
             raise TargetGone(f"process {self._tree.root.process.pid} has exited")
         root = self._tree.root
         if root in self._tree.members and not root.settled:

@@ -128,7 +128,7 @@ class Tree:
         refused, self.refused = list(self.refused), {}
         for member in list(self.members):
             if not member.process.alive():
-                self._look_after(member)
+                self.look_after(member)
         for pid, tgid in self.strangers():
             self.take_in(pid, tgid)
         for pid in refused:
@@ -142,8 +142,8 @@ class Tree:
             with suppress(TargetGone):
                 target.look_for_pins()
 
-    def _look_after(self, member: Member) -> None:
-        """Its first thread is gone. The target itself must not vanish so without its end."""
+    def look_after(self, member: Member) -> None:
+        """It seems to be gone. Raises if it is the target, and only seems so."""
         why = member.process.gone()
         if isinstance(why, TargetGone):
             self.depart(member)
@@ -288,7 +288,7 @@ class Tree:
             space = before.space if remains else self._spaces.of_program(member.process)
             member.target = shared or Target(member.process, space)
         except TargetGone:
-            self.depart(member)
+            self.look_after(member)
         except UsageError as error:
             if member is self.root:
                 raise
@@ -321,7 +321,7 @@ class StoppedTree:
                 self._held[member] = self._strangers.pop(pid)
         for member in list(self._tree.members):
             if member not in self._held or not self._held[member].tracees:
-                self._tree.depart(member)
+                self._tree.look_after(member)
         if self._tree.over:
             raise TargetGone(f"process {self._tree.root.process.pid} has exited")
         root = self._tree.root

@@ -160,6 +160,8 @@ def parse_stat(raw: str) -> Stat:
 
 EXEC_TIME = 0.2
 """Seconds that a process may take to end all other threads when one calls ``execve``."""
+EXEC_BLINK = 0.02
+"""Seconds that it may look as if it had ended, while the one that calls becomes the first."""
 PF_EXITING, PF_IO_WORKER, PF_KTHREAD = 0x4, 0x10, 0x00200000
 
 
@@ -285,22 +287,27 @@ class Process:
         That is so too when only the first thread has exited and others run on; and for a moment
         when another than the first calls ``execve``, which makes that one end.
         """
-        others: list[Pid] = []
-        with suppress(OSError):
-            every = os.listdir(f"/proc/{self.pid}/task")
-            others = [Pid(int(name)) for name in every if name != str(self.pid)]
-        limit = time.monotonic() + EXEC_TIME
-        while any(_goes_on(self.pid, tid) for tid in others):
-            if self.alive():
-                return calls_exec(self)
-            if time.monotonic() > limit:
+        began = time.monotonic()
+        while not self.alive():
+            waited = time.monotonic() - began
+            others = self._others_go_on()
+            if not others and waited > EXEC_BLINK:
+                return self._exited()
+            if waited > EXEC_TIME:
                 return CrtraceError(
                     f"the first thread of process {self.pid} has exited, others run on: "
                     "not supported",
                     hint="the kernel shows such a process's memory to nobody by its number",
                 )
             time.sleep(0.001)
-        return calls_exec(self) if others and self.alive() else self._exited()
+        return calls_exec(self)
+
+    def _others_go_on(self) -> bool:
+        """Whether a thread but the first lives on."""
+        with suppress(OSError):
+            every = (Pid(int(name)) for name in os.listdir(f"/proc/{self.pid}/task"))
+            return any(_goes_on(self.pid, tid) for tid in every if tid != self.pid)
+        return False
 
     def _exited(self) -> TargetGone:
         return TargetGone(f"process {self.pid} has exited")

@@ -69,7 +69,7 @@ class StoppedProcess:
         """Stop every thread. Raises ``TargetGone``, ``NotPermitted`` or ``TargetBusy``."""
         stop_all([self], self._patience)
         if not self.tracees:
-            raise TargetGone(f"process {self.process.pid} has no living thread")
+            raise self.process.gone()
 
     def look_before(self, deadline: float) -> None:
         """See, while all run, which threads are to be stopped, and wait for those that cannot.

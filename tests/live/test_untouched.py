@@ -430,3 +430,25 @@ def test_the_exit_of_the_first_thread_ends_the_watch_loudly(
     target.obey("check")
     assert verified(path) == [0]
     end(target)
+
+
+@pytest.mark.parametrize("condition", ["exec", "exec_thread"])
+def test_a_target_that_execs_all_the_time_is_never_taken_for_ended(
+    spawn: Spawn, tmp_path: Path, condition: str
+) -> None:
+    target = spawn("corners", "--in", condition, "--times", 500)
+    before = Untouched(target.pid)
+    with Watching(target.pid, tmp_path / "chain", "--interval", 0.005) as watching:
+        watching.event("checkpoint")
+        target.obey("go")
+        target.await_ready()
+        calm = 0
+        while calm < 3:
+            calm = calm + 1 if watching.event().get("reason") == "interval" else 0
+        watching.signal(signal.SIGINT)
+        result = watching.wait().expect(0)
+    assert result.of("exec")
+    assert not result.of("exit")
+    before.assert_same(ignore=[*MAPPINGS_CHANGE, "registers", "comm", "threads", "timers"])
+    assert verified(tmp_path / "chain") == [event["epoch"] for event in result.of("checkpoint")]
+    end(target)

@@ -275,7 +275,9 @@ class Process:
         """The error to raise when ``/proc/PID/name`` could not be read."""
         if self.dirfd < 0:
             return self._exited()
-        if error.errno == errno.ESRCH or (error.errno == errno.ENOENT and not self.alive()):
+        # There is always a list of threads, but for a moment of an execve.
+        missing = error.errno == errno.ENOENT and (name == "task" or not self.alive())
+        if error.errno == errno.ESRCH or missing:
             return self.gone()
         if error.errno in (errno.EACCES, errno.EPERM):
             return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")

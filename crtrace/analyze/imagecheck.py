@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from crtrace.errors import ImageDamaged
-from crtrace.image.chunk import Chunk
 from crtrace.image.codec import ZERO_PAGE_HASH, hash_pages
 from crtrace.image.framing import RecordType, type_name
 from crtrace.image.imagefile import RECORDS, Image
@@ -20,24 +19,31 @@ from crtrace.units import U64, Bools, to_ranges
 
 ROWS = 1 << 16
 """Rows of a page index looked at together."""
+WINDOW = 4096
+"""Records of which the hashes of the pages are kept together: at most 32 MiB."""
 
 
 @dataclass(slots=True)
 class Finding:
-    """Damage inside an image; ``ranges`` are the page numbers ``[start, end)`` that are lost."""
+    """Damage inside an image. ``lost`` are range arrays of page numbers, by their space."""
 
+    number: int
     record: str
     offset: int
     message: str
-    space: int = 0
     pages: int = 0
-    ranges: list[tuple[int, int]] = field(default_factory=list)
+    lost: dict[int, list[U64]] = field(default_factory=dict)
 
     def lose(self, space: int, pages: U64) -> None:
         """Add pages (ascending) to what is lost."""
-        self.space = space
         self.pages += len(pages)
-        self.ranges += [(first, end) for first, end in to_ranges(pages).tolist()]
+        self.lost.setdefault(space, []).append(to_ranges(pages))
+
+
+def finding(image: Image, number: int, message: str) -> Finding:
+    """Damage of a record."""
+    row = image.directory[number - 1]
+    return Finding(number, f"{type_name(int(row['type']))} {number}", int(row["offset"]), message)
 
 
 def check_image(image: Image, advance: Callable[[int], None]) -> list[Finding]:
@@ -45,79 +51,111 @@ def check_image(image: Image, advance: Callable[[int], None]) -> list[Finding]:
 
     ``advance`` is called with the bytes looked at so far.
     """
-    return list(_ImageCheck(image).run(advance))
+    return _ImageCheck(image).run(advance)
+
+
+@dataclass(slots=True)
+class _Batch:
+    """Some rows of a page index, and the chunks ``[first, end)`` that they name."""
+
+    space: int
+    start: int
+    stop: int
+    first: int
+    end: int
+
+
+class _Window:
+    """The hashes of the pages in the chunks of some records, which follow one another."""
+
+    def __init__(self, first: int, count: int) -> None:
+        self.first, self.end = first, first + count
+        self._starts = np.zeros(count, dtype=np.int64)
+        self._counts = np.zeros(count, dtype=np.int64)
+        self._hashes: list[U64] = []
+        self._total = 0
+
+    def add(self, number: int, hashes: U64) -> None:
+        """A chunk with the hashes of its pages, ``(n, 2)``."""
+        at = number - self.first
+        self._starts[at], self._counts[at] = self._total, len(hashes)
+        self._hashes.append(hashes)
+        self._total += len(hashes)
+
+    def close(self) -> None:
+        """No more chunks follow."""
+        self._hashes = [np.concatenate([np.empty((0, 2), dtype=np.uint64), *self._hashes])]
+
+    def match(self, places: U64, hashes: U64) -> tuple[Bools, Bools]:
+        """Which places, all in this window, exist; and which have these hashes."""
+        at = (chunks(places) - np.uint64(self.first)).astype(np.int64)
+        slot = slots(places).astype(np.int64)
+        there: Bools = slot < self._counts[at]
+        right = there.copy()
+        rows = self._starts[at[there]] + slot[there]
+        right[there] = (self._hashes[0][rows] == hashes[there]).all(axis=1)
+        return there, right
 
 
 class _ImageCheck:
-    """One pass over the records, then one over the page indexes for what the first left out."""
+    """The records in file order, window by window; after each, the index rows that name it."""
 
     def __init__(self, image: Image) -> None:
         self.image = image
         self.indexes: dict[int, PageIndex] = {}
-        self.seen: dict[int, Bools] = {}
-        self.users: dict[int, list[int]] = {}
-        """The spaces whose indexes name a chunk, by its number."""
+        self.batches: list[_Batch] = []
         self.bad: dict[int, Finding] = {}
 
-    def run(self, advance: Callable[[int], None]) -> Iterator[Finding]:
+    def run(self, advance: Callable[[int], None]) -> list[Finding]:
         self._load_indexes()
-        for row in self.image.directory:
-            number = int(row["id"])
-            try:
-                self._check_record(number)
-            except ImageDamaged as error:
-                self._add(number, str(error))
-            advance(int(row["offset"]) + int(row["length"]))
-        for space, index in self.indexes.items():
-            try:
-                self._check_index(space, index)
-            except ImageDamaged as error:
-                self._add(self.image.index_id(space), str(error))
-        return iter([self.bad[number] for number in sorted(self.bad)])
+        directory = self.image.directory
+        for first in range(1, len(directory) + 1, WINDOW):
+            window = _Window(first, min(WINDOW, len(directory) + 1 - first))
+            for number in range(window.first, window.end):
+                try:
+                    self._check_record(number, window)
+                except ImageDamaged as error:
+                    self._add(number, str(error))
+                row = directory[number - 1]
+                advance(int(row["offset"]) + int(row["length"]))
+            window.close()
+            for batch in self.batches:
+                if batch.first < window.end and batch.end > window.first:
+                    self._check_places(batch, window)
+        return [self.bad[number] for number in sorted(self.bad)]
 
     def _add(self, number: int, message: str) -> Finding:
         if number not in self.bad:
-            kind = type_name(int(self.image.directory[number - 1]["type"]))
-            offset = int(self.image.directory[number - 1]["offset"])
-            self.bad[number] = Finding(f"{kind} {number}", offset, message)
+            self.bad[number] = finding(self.image, number, message)
         return self.bad[number]
 
     def _load_indexes(self) -> None:
         for space in self.image.spaces:
+            number = self.image.index_id(space)
             try:
                 index = self.image.page_index(space)
-            except ImageDamaged:
-                continue  # reported as a record
-            if index is not None:
+                if index is None:
+                    continue
+                for start in range(0, len(index), ROWS):
+                    stop = min(start + ROWS, len(index))
+                    self._check_rows(space, start, stop, index.rows(start, stop))
                 self.indexes[space] = index
-                self.seen[space] = np.zeros(len(index), dtype=np.bool_)
-                self._find_users(space, index)
+            except ImageDamaged as error:
+                self._add(number, str(error))
 
-    def _find_users(self, space: int, index: PageIndex) -> None:
-        for start in range(0, len(index), ROWS):
-            try:
-                places = index.rows(start, min(start + ROWS, len(index))).places
-            except ImageDamaged:
-                return  # reported as a record
-            for number in np.unique(chunks(places[kinds(places) == PageKind.STORED])).tolist():
-                if space not in (users := self.users.setdefault(number, [])):
-                    users.append(space)
-
-    def _check_record(self, number: int) -> None:
+    def _check_record(self, number: int, window: _Window) -> None:
         image, row = self.image, self.image.directory[number - 1]
         if any(image.padding(number)):
             self._add(number, f"{image.where(number)}: padding is not zero")
         if not row["parent"] < number:
             self._add(number, f"{image.where(number)}: belongs to the later {row['parent']}")
         if row["type"] == RecordType.CHUNK:
-            self._check_chunk(number)
+            window.add(number, hash_pages(image.chunk(number).data))
         elif row["type"] in RECORDS:
             self._check_contents(number)
         else:
             for _ in image.slices(number):
                 pass
-            if row["type"] == RecordType.PAGE_INDEX:
-                PageIndex(image, number)
 
     def _check_contents(self, number: int) -> None:
         record = self.image.record(number)
@@ -129,58 +167,43 @@ class _ImageCheck:
         for space in sorted(named - set(self.image.spaces)):
             self._add(number, f"{self.image.where(number)}: space {space} has no page index")
 
-    def _check_chunk(self, number: int) -> None:
-        chunk = self.image.chunk(number)
-        for space in self.users.get(number, ()):
-            self._check_pages(number, chunk, space)
-
-    def _check_pages(self, number: int, chunk: Chunk, space: int) -> None:
-        """The pages that the index of ``space`` says are in this chunk."""
-        index = self.indexes[space]
-        found, places, rows = index.find(chunk.pages)
-        # A slot that the index does not name was superseded in the same epoch.
-        mine = (kinds(places) == PageKind.STORED) & (chunks(places) == number)
-        mine &= slots(places) == np.flatnonzero(found).astype(np.uint64)
-        at, rows = np.flatnonzero(found)[mine], rows[mine]
-        right = (hash_pages(chunk.data[at]) == index.hashes(rows)).all(axis=1)
-        self.seen[space][rows] = True
-        if not right.all():
-            where = self.image.where(number)
-            finding = self._add(number, f"{where}: contents do not have the hash in the index")
-            finding.lose(space, chunk.pages[at[~right]])
-
-    def _check_index(self, space: int, index: PageIndex) -> None:
-        for start in range(0, len(index), ROWS):
-            end = min(start + ROWS, len(index))
-            self._check_rows(space, index.rows(start, end), self.seen[space][start:end])
-
-    def _check_rows(self, space: int, rows: IndexRows, seen: Bools) -> None:
-        """What no chunk accounted for, and entries that must say nothing but their kind."""
+    def _check_rows(self, space: int, start: int, stop: int, rows: IndexRows) -> None:
+        """Entries that must say nothing but their kind, and places outside of the image."""
         kind = kinds(rows.places)
         stored = kind == PageKind.STORED
-        self._lose_unseen(space, rows, stored & ~seen)
+        named = chunks(rows.places)
         plain = rows.places == np.uint64(place(0)) + (kind.astype(np.uint64) << np.uint64(48))
         expected = np.where((kind == PageKind.ZERO)[:, None], ZERO_PAGE_HASH, np.uint64(0))
         inherited = kind == PageKind.INHERITED
         odd = ~stored & ~inherited & ~(plain & (rows.hashes == expected).all(axis=1))
         # A full image has no parent to inherit from.
         odd |= inherited & (self.image.header.full | (slots(rows.places) != 0))
-        if odd.any():
-            number = self.image.index_id(space)
-            where = self.image.where(number)
-            self._add(number, f"{where}: {odd.sum()} entries contradict their kind").lose(
-                space, rows.pages[odd]
-            )
+        self._lose(space, rows.pages[odd], f"{odd.sum()} entries contradict their kind")
+        outside = stored & ((named == 0) | (named > len(self.image.directory)))
+        self._lose(space, rows.pages[outside], f"{outside.sum()} entries name no record")
+        named = named[stored & ~outside]
+        if len(named):
+            batch = _Batch(space, start, stop, int(named.min()), int(named.max()) + 1)
+            self.batches.append(batch)
 
-    def _lose_unseen(self, space: int, rows: IndexRows, unseen: Bools) -> None:
-        if not unseen.any():
-            return
-        pages, where = rows.pages[unseen], chunks(rows.places[unseen])
-        for value in np.unique(where):
-            number = int(value)
-            if number not in self.bad:
-                number = self.image.index_id(space)
-                self._add(
-                    number, f"{self.image.where(number)}: record {value} lacks pages it names"
-                )
-            self.bad[number].lose(space, pages[where == value])
+    def _check_places(self, batch: _Batch, window: _Window) -> None:
+        """Each entry of a batch that names a chunk of the window against that chunk."""
+        rows = self.indexes[batch.space].rows(batch.start, batch.stop)
+        named = chunks(rows.places)
+        mine = (kinds(rows.places) == PageKind.STORED) & (named >= window.first)
+        mine &= named < window.end
+        there, right = window.match(rows.places[mine], rows.hashes[mine])
+        pages, named = rows.pages[mine], named[mine]
+        for which, text in (
+            (there & ~right, "contents do not have the hash in the index"),
+            (~there, "lacks pages that a page index names"),
+        ):
+            for value in np.unique(named[which]):
+                number = int(value)
+                found = self._add(number, f"{self.image.where(number)}: {text}")
+                found.lose(batch.space, pages[which & (named == value)])
+
+    def _lose(self, space: int, pages: U64, text: str) -> None:
+        if len(pages):
+            number = self.image.index_id(space)
+            self._add(number, f"{self.image.where(number)}: {text}").lose(space, pages)

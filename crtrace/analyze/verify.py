@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 
-from crtrace.analyze.imagecheck import Finding, check_image
+from crtrace.analyze.imagecheck import Finding, check_image, finding
 from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, PART, image_name
 from crtrace.image.chainindex import IndexEntry
@@ -179,18 +179,16 @@ def _check_inherited(chain: Chain, image: Image) -> Iterator[Finding]:
         if index is None:
             continue
         number = image.index_id(space)
-        finding = Finding(
-            f"PAGE_INDEX {number}", int(image.directory[number - 1]["offset"]),
-            f"{image.where(number)}: inherited pages do not have the hash in the index",
-        )  # fmt: skip
+        text = f"{image.where(number)}: inherited pages do not have the hash in the index"
+        found = finding(image, number, text)
         with suppress(ImageDamaged, ChainIncomplete):  # the rows are, or a parent's file
             for pages, hashes in _inherited(index):
                 wrong, why = _differ(chain, image, space, pages, hashes)
-                finding.message = why or finding.message
+                found.message = why or found.message
                 if wrong.any():
-                    finding.lose(space, pages[wrong])
-        if finding.pages:
-            yield finding
+                    found.lose(space, pages[wrong])
+        if found.pages:
+            yield found
 
 
 def _differ(chain: Chain, image: Image, space: int, pages: U64, hashes: U64) -> tuple[Bools, str]:
@@ -239,12 +237,10 @@ def _check_link(chain: Chain, image: Image, report: Report, epochs: tuple[int, .
 
 
 def _damage(name: str, found: Finding, epochs: tuple[int, ...]) -> Damage:
+    space, ranges = next(iter(found.lost.items()), (0, []))
+    spans = [span for part in ranges for span in (part * np.uint64(PAGE_SIZE)).tolist()]
     return Damage(
         file=name, record=found.record, offset=found.offset, message=found.message,
-        epochs=epochs, space=found.space, pages_lost=found.pages,
-        lost=tuple(_bytes(found.ranges[:SHOWN_RANGES])),
+        epochs=epochs, space=space, pages_lost=found.pages,
+        lost=tuple((start, end) for start, end in spans[:SHOWN_RANGES]),
     )  # fmt: skip
-
-
-def _bytes(ranges: Iterable[tuple[int, int]]) -> Iterable[tuple[int, int]]:
-    return ((start * PAGE_SIZE, end * PAGE_SIZE) for start, end in ranges)

@@ -154,7 +154,6 @@ class Session:
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
-        image.repeats = any(target.compared for target in self._tree.targets())
         with image, self._pipeline.writing(image):
             self._precopy(work, image, full)
             with self._mapped_objects(work, full) as objects:
@@ -227,7 +226,6 @@ class Session:
     def _collect_one(self, work: Work, image: ImageWriter, target: Target) -> None:
         part = work.parts[target.space]
         if target.fresh and not part.rounds:
-            self._pipeline.wait_idle()
             self._inherit(image, target)
         scan = target.armer.scan(target.map, stopped=False)
         part.found(scan.written)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -13,6 +12,7 @@ from crtrace.errors import CrtraceError
 from crtrace.image.chaindir import ChainDir, image_name
 from crtrace.image.chainindex import IS_FULL, IndexEntry
 from crtrace.image.codec import ZERO_PAGE_HASH, compress, hash_pages
+from crtrace.image.contents import StoredContents
 from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, Record, RecordType
 from crtrace.image.header import ImageHeader, Stats
 from crtrace.image.losses import Unreadable, UnreadableRange, UnreadableReason
@@ -24,7 +24,7 @@ from crtrace.image.pending import (
     take_unreadable,
     unreadable,
 )
-from crtrace.image.places import SAME, PageKind, place, stored
+from crtrace.image.places import SAME, PageKind, place
 from crtrace.image.recordfile import RecordFile
 from crtrace.image.records import Mm
 from crtrace.image.tables import Files, Vmas
@@ -42,26 +42,6 @@ class Owner(Protocol):
 
     def abandoned(self) -> None:
         """The epoch will not be."""
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """What a space may refer to: another one in the parent image, and what this image has of it."""
-
-    space: int
-    parent: PageTable | None
-    here: Entries
-
-    def places(self, pages: U64, hashes: U64) -> tuple[U64, Bools]:
-        """The place of each page that is the same there, ``(n,)``, and which those are."""
-        places = np.full(len(pages), place(PageKind.INHERITED, self.space))
-        found = _same(self.parent, pages, hashes)
-        if len(self.here.pages):
-            at = np.minimum(np.searchsorted(self.here.pages, pages), len(self.here.pages) - 1)
-            same = (self.here.pages[at] == pages) & (self.here.hashes[at] == hashes).all(axis=1)
-            places[same] = self.here.places[at[same]]
-            found |= same
-        return places, found
 
 
 class ImageWriter:
@@ -82,11 +62,12 @@ class ImageWriter:
         self._parents = parents
         self._owner = owner
         self._spaces: dict[int, PendingSpace] = {}
-        self._origins: dict[int, Origin] = {}
+        self._origins: dict[int, int] = {}
         self._lock = threading.Lock()
-        self._skipped = self._inherited = self._raw = self._stored = 0
-        self.repeats = False
-        """Whether many pages come again with the same contents. To find them takes memory."""
+        self._contents = StoredContents()
+        self._chunks: list[int] = []
+        """The record of each chunk. Until all are written, places name chunks by their turn."""
+        self._skipped = self._inherited = self._equal = self._raw = self._stored = 0
         self._open = True
         self._file = RecordFile(directory, image_name(header.epoch))
         try:
@@ -113,13 +94,11 @@ class ImageWriter:
         return self._file.append(record.TYPE, [record.pack()], parent=parent)[0]
 
     def inherit(self, space: int, origin: int) -> None:
-        """From now on, pages of ``space`` that equal those of ``origin`` refer to them.
+        """From now on, pages of ``space`` that the parent image has in ``origin`` refer to that.
 
-        For a child and its parent: the same page as the parent image has it, or as it was written
-        into this image until now; so write those of ``origin`` first.
+        For a child and its parent process.
         """
-        written = self._spaces.get(origin, PendingSpace()).so_far()
-        self._origins[space] = Origin(origin, self._parents.get(origin), written)
+        self._origins[space] = origin
 
     def drop(self, space: int) -> None:
         """Forget what was written of a space: it is not in this epoch after all."""
@@ -131,11 +110,12 @@ class ImageWriter:
 
         Pages that the parent has with the same contents are passed over. A page that comes again
         in a higher ``round`` (they count from 0) supersedes what came before, in whatever order
-        the threads get to it; with ``repeats``, and the same contents, it is not stored again.
+        the threads get to it. Contents that this image has already are not stored again.
         ``pages`` and ``data`` may be reused after the call.
         """
         if data.shape != (len(pages), PAGE_SIZE):
             raise ValueError(f"{len(pages)} pages, and contents of shape {data.shape}")
+        self._must_be_open()
         if (pages[1:] <= pages[:-1]).any():
             order = np.argsort(pages)
             pages, data = pages[order], data[order]
@@ -153,36 +133,54 @@ class ImageWriter:
         keep = ~(same | zero)
         if round:
             # It may have been stored in an earlier round, by a thread that is not there yet.
-            places = np.full(int(same.sum()), place(SAME))
-            pending.add(round, pages[same], places)
-            if self.repeats:
-                again, places = pending.stored_before(round, pages, hashes)
-                again &= keep
-                pending.add(round, pages[again], places[again], hashes[again])
-                keep &= ~again
+            pending.add(round, pages[same], np.full(int(same.sum()), place(SAME)))
         places = np.full(int(zero.sum()), place(PageKind.ZERO))
         pending.add(round, pages[zero], places, hashes[zero])
-        inherited = 0
-        if origin := self._origins.get(space):
-            places, there = origin.places(pages, hashes)
-            there &= keep
-            pending.add(round, pages[there], places[there], hashes[there])
-            keep &= ~there
-            inherited = int(there.sum())
-        whole = bool(keep.all())
-        if not whole:
+        inherited = self._inherit_pages(space, pending, round, pages, hashes, keep)
+        if not keep.all():
             pages, data, hashes = pages[keep], data[keep], hashes[keep]
-        size = 0
-        if len(pages):
-            chunk, size = self._store(space, pages, data)
-            pending.add(round, pages, stored(chunk, len(pages)), hashes)
+        new, size = self._store(space, pages, data, hashes, pending, round)
         with self._lock:
             self._skipped += int(same.sum())
             self._inherited += inherited
-            self._raw += len(pages) * PAGE_SIZE
+            self._equal += len(pages) - new
+            self._raw += new * PAGE_SIZE
             self._stored += size
 
-    def _store(self, space: int, pages: U64, data: Bytes) -> tuple[int, int]:
+    def _inherit_pages(
+        self, space: int, pending: PendingSpace, round: int, pages: U64, hashes: U64, keep: Bools
+    ) -> int:
+        """Enter those of ``keep`` that the parent image has in another space, and unmark them."""
+        origin = self._origins.get(space)
+        if origin is None:
+            return 0
+        there = keep & _same(self._parents.get(origin), pages, hashes)
+        count = int(there.sum())
+        places = np.full(count, place(PageKind.INHERITED, origin))
+        pending.add(round, pages[there], places, hashes[there])
+        keep &= ~there
+        return count
+
+    def _store(
+        self, space: int, pages: U64, data: Bytes, hashes: U64, pending: PendingSpace, round: int
+    ) -> tuple[int, int]:
+        """Enter pages, and store contents that are new: how many, and the bytes they take."""
+        if not len(pages):
+            return 0, 0
+        with self._lock:
+            turn = len(self._chunks)
+            self._chunks.append(0)
+        places, new = self._contents.claim(hashes, turn)
+        size = 0
+        if new.any():
+            numbers = pages
+            if not new.all():
+                numbers, data = pages[new], data[new]
+            self._chunks[turn], size = self._write_block(space, numbers, data)
+        pending.add(round, pages, places, hashes)
+        return int(new.sum()), size
+
+    def _write_block(self, space: int, pages: U64, data: Bytes) -> tuple[int, int]:
         codec, block = compress(np.ascontiguousarray(data))
         head = CHUNK_HEAD.pack(space, len(pages), codec, 0)
         return self._file.append(RecordType.CHUNK, [head, _bytes(pages), block])
@@ -220,13 +218,15 @@ class ImageWriter:
         The page counts that only the writer knows are put into ``stats`` under the names of
         DESIGN.md. When it raises, the epoch does not exist and the chain is as it was.
         """
-        if not self._open:
-            raise CrtraceError(f"epoch {self.header.epoch} is already finished")
+        self._must_be_open()
         try:
             settled = {
                 space: pending.settle(self._parents.get(space))
                 for space, pending in sorted(self._spaces.items())
             }
+            numbers = np.array(self._chunks, dtype=np.uint64)
+            for entries in settled.values():
+                entries.number_chunks(numbers)
             entry = self._publish(settled, stats)
             self._owner.enter(entry)
         except BaseException:
@@ -236,6 +236,10 @@ class ImageWriter:
         self._file.close()
         self._owner.learn(entry, settled)
         return entry
+
+    def _must_be_open(self) -> None:
+        if not self._open:
+            raise CrtraceError(f"epoch {self.header.epoch} is already finished")
 
     def _publish(self, settled: dict[int, Entries], stats: dict[str, Any]) -> IndexEntry:
         losses: list[UnreadableRange] = []
@@ -274,6 +278,7 @@ class ImageWriter:
             "pages_unreadable": total[PageKind.UNREADABLE],
             "pages_skipped_parent": self._skipped,
             "pages_inherited": self._inherited,
+            "pages_equal": self._equal,
             "bytes_raw": self._raw,
             "bytes_stored": self._stored,
         }

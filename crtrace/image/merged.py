@@ -117,16 +117,14 @@ class MergedPages:
         for key in np.unique(keys):
             at = held[keys == key]
             level, number = int(key) >> 32, int(key) & 0xFFFFFFFF
-            data[at] = self._from_chunk(level, number, pages[at], slots(places[at]))
+            data[at] = self._from_chunk(level, number, slots(places[at]))
         return data
 
-    def _from_chunk(self, level: int, number: int, pages: U64, at: U64) -> Bytes:
+    def _from_chunk(self, level: int, number: int, at: U64) -> Bytes:
         chunk = self._chunk(level, number)
         image = self.lineage[level]
         if at.max() >= len(chunk.pages):
             raise ImageDamaged(f"{image.where(number)}: has no slot {at.max()}")
-        if (chunk.pages[at] != pages).any():
-            raise ImageDamaged(f"{image.where(number)}: holds other pages than the index says")
         return chunk.data[at]
 
     def _chunk(self, level: int, number: int) -> Chunk:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
-from itertools import compress
-from typing import TypeVar
 
 import numpy as np
 
@@ -17,7 +15,9 @@ from crtrace.units import U64, Bools, to_ranges
 LAST_ROUND = 1 << 30
 """The round of what is true at the end of an epoch whatever was read before: holes."""
 
-Piece = TypeVar("Piece")
+STEP = 1 << 16
+"""Rows changed at a time."""
+
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
 
 
@@ -39,6 +39,14 @@ class Entries:
         """The entries ``[start, end)``, as views."""
         return Entries(self.pages[start:end], self.places[start:end], self.hashes[start:end])
 
+    def number_chunks(self, numbers: U64) -> None:
+        """Put ``numbers[n]`` in place of each chunk *n* of the stored pages."""
+        for start in range(0, len(self.places), STEP):
+            places = self.places[start : start + STEP]
+            stored = kinds(places) == PageKind.STORED
+            found = places[stored]
+            places[stored] = found - chunks(found) + numbers[chunks(found).astype(np.intp)]
+
     def count(self, kind: PageKind) -> int:
         """How many entries are of that kind."""
         return int(np.count_nonzero(kinds(self.places) == kind))
@@ -53,8 +61,6 @@ class PendingSpace:
         self._pages: list[U64] = []
         self._places: list[U64] = []
         self._hashes: list[U64 | None] = []
-        self._before = _no_entries()
-        self._before_round = 0
 
     def add(self, round: int, pages: U64, places: U64, hashes: U64 | None = None) -> None:
         """Enter pages (ascending, kept without a copy); no hashes: zeros."""
@@ -66,61 +72,17 @@ class PendingSpace:
             self._places.append(places)
             self._hashes.append(hashes)
 
-    def so_far(self) -> Entries:
-        """The pages stored until now, ascending, each as it was said last."""
-        with self._lock:
-            joined = self._join_before(LAST_ROUND)
-        return joined.select(kinds(joined.places) == PageKind.STORED)
-
-    def stored_before(self, round: int, pages: U64, hashes: U64) -> tuple[Bools, U64]:
-        """Which of ``pages`` (any order) a round before ``round`` stored with the same contents,
-        and where. What a thread has yet to enter is not found; that costs nothing but space.
-        """
-        with self._lock:
-            if round > self._before_round:
-                self._before, self._before_round = self._join_before(round), round
-            before = self._before
-        if not len(before.pages):
-            return np.zeros(len(pages), dtype=np.bool_), np.zeros(len(pages), dtype=np.uint64)
-        at = np.minimum(np.searchsorted(before.pages, pages), len(before.pages) - 1)
-        where = before.places[at]
-        found: Bools = (before.pages[at] == pages) & (kinds(where) == PageKind.STORED)
-        return found & (before.hashes[at] == hashes).all(axis=1), where
-
-    def _join_before(self, round: int) -> Entries:
-        """Make one piece, in order, of all that was entered for the rounds before ``round``."""
-        earlier = [number < round for number in self._rounds]
-        if not any(earlier):
-            return _no_entries()
-        rounds, pages = _taken(self._rounds, earlier), _taken(self._pages, earlier)
-        places, hashes = _taken(self._places, earlier), _taken(self._hashes, earlier)
-        # With the last of these rounds, it yields to what a late thread enters for that one.
-        self._rounds.append(max(rounds))
-        joined = _joined(rounds, pages, places, hashes)
-        self._pages.append(joined.pages)
-        self._places.append(joined.places)
-        self._hashes.append(joined.hashes)
-        return joined
-
     def settle(self, parent: PageTable | None) -> Entries:
         """The entries that go into the image; this object is empty afterwards.
 
         ``parent`` is what the chain holds already: without a page there, a hole is nothing to
         tell.
         """
-        self._before = _no_entries()
         if not self._pages:
             return _no_entries()
         joined = _joined(self._rounds, self._pages, self._places, self._hashes)
         self._rounds = []
         return _meaningful(joined, parent)
-
-
-def _taken(column: list[Piece], which: list[bool]) -> list[Piece]:
-    """Move what ``which`` marks out of a list."""
-    taken = list(compress(column, which))
-    column[:] = compress(column, [not each for each in which])
-    return taken
 
 
 def _no_entries() -> Entries:

@@ -37,12 +37,6 @@ def place(kind: int, chunk: int = 0, slot: int = 0) -> np.uint64:
     return np.uint64(chunk | slot << 32 | kind << 48)
 
 
-def stored(chunk: int, count: int) -> U64:
-    """The places of the ``count`` pages of a chunk."""
-    slots = np.arange(count, dtype=np.uint64) << np.uint64(32)
-    return slots | np.uint64(chunk)
-
-
 def kinds(places: U64) -> U16:
     """The kind of each place: a view of the high 16 bits, not a copy. ``places``: contiguous."""
     return places.view(np.uint16)[3::4]

@@ -122,6 +122,7 @@ class _ImageCheck:
             for batch in self.batches:
                 if batch.first < window.end and batch.end > window.first:
                     self._check_places(batch, window)
+        self._check_summaries()
         return [self.bad[number] for number in sorted(self.bad)]
 
     def _add(self, number: int, message: str) -> Finding:
@@ -156,6 +157,17 @@ class _ImageCheck:
         else:
             for _ in image.slices(number):
                 pass
+
+    def _check_summaries(self) -> None:
+        for space, numbers in self.image.summary_ids.items():
+            if not self.bad.keys().isdisjoint(numbers):
+                continue
+            try:
+                self.image.summary(space)
+                if space not in self.image.spaces:
+                    self._add(numbers[0], f"{self.image.where(numbers[0])}: there is no such space")
+            except ImageDamaged as error:
+                self._add(numbers[0], str(error))
 
     def _check_contents(self, number: int) -> None:
         record = self.image.record(number)

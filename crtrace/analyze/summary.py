@@ -115,7 +115,7 @@ def _vma(epoch: Epoch, task: TaskView, vma: Vma) -> dict[str, Any]:
         "kind": _name(VmaKind, vma.kind),
         "name": vma.name,
         "file": vma.file or None,
-        "bytes": {source.value: held[source] for source in Source},
+        "bytes": {source.value: held[source] for source in Source if source is not Source.LOST},
     }
 
 

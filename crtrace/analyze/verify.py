@@ -11,12 +11,14 @@ import numpy as np
 
 from crtrace.analyze.imagecheck import Finding, check_image, finding
 from crtrace.errors import ChainIncomplete, ImageDamaged
-from crtrace.image.chaindir import INDEX_NAME, PART, image_name
+from crtrace.image.chaindir import INDEX_NAME, PART
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.codec import hash_pages
 from crtrace.image.imagefile import Image
+from crtrace.image.layers import LayerRows, OwnLayer, SummaryLayer, gather, summary_layer
+from crtrace.image.merged import merge_layers
 from crtrace.image.pageindex import PageIndex
-from crtrace.image.places import PageKind, kinds
+from crtrace.image.places import PAGE_LIMIT, PageKind, kinds
 from crtrace.image.reader import Chain
 from crtrace.units import PAGE_SIZE, U64, Bools
 
@@ -117,7 +119,7 @@ def _check_index(chain: Chain, report: Report) -> None:
 
 def _check_names(chain: Chain, report: Report) -> None:
     """Files that no entry speaks of."""
-    expected = {image_name(entry.epoch) for entry in chain.entries}
+    expected = {entry.name for entry in chain.entries}
     for name in chain.names():
         if name.endswith(PART):
             report.notices.append(f"{name} is unfinished; the next writer removes it")
@@ -154,7 +156,7 @@ def _check_epoch(
     chain: Chain, entry: IndexEntry, report: Report, advance: Callable[[int], None]
 ) -> None:
     epochs = _dependents(chain, entry.epoch)
-    name = image_name(entry.epoch)
+    name = entry.name
     try:
         image = chain.image(entry)
     except (ImageDamaged, ChainIncomplete) as error:
@@ -167,6 +169,8 @@ def _check_epoch(
         report.damage.append(_damage(name, found, epochs))
     for found in _check_inherited(chain, image):
         report.damage.append(_damage(name, found, epochs))
+    for found in _check_summaries(chain, image):
+        report.damage.append(_damage(name, found, ()))
     report.records += len(image.directory)
     report.pages += sum(len(index) for space in image.spaces if (index := _index(image, space)))
     advance(entry.length)
@@ -189,6 +193,36 @@ def _check_inherited(chain: Chain, image: Image) -> Iterator[Finding]:
                     found.lose(space, pages[wrong])
         if found.pages:
             yield found
+
+
+def _check_summaries(chain: Chain, image: Image) -> Iterator[Finding]:
+    """The summaries that are sound in themselves, against what they sum up."""
+    for space in image.spaces:
+        with suppress(ImageDamaged, ChainIncomplete):  # found where it is
+            parts = image.summary(space)
+            lineage = chain.lineage(image.entry)
+            layer = summary_layer(lineage, space, 0) if parts else None
+            index = image.page_index(space)
+            if layer is None or index is None:
+                continue
+            older, level, ended = gather(lineage, space, 1, layer.level)
+            expected = merge_layers([OwnLayer(index, 0), *older])
+            ends = len(lineage) if ended else level
+            if ends != layer.level or not _says(layer, expected):
+                number = image.summary_ids[space][0]
+                text = f"{image.where(number)}: it is not what the images that it sums up say"
+                yield finding(image, number, text)
+
+
+def _says(layer: SummaryLayer, expected: Iterator[LayerRows]) -> bool:
+    """Whether a layer has just these rows."""
+    reach = 0
+    for rows in expected:
+        end = int(rows.pages[-1]) + 1
+        if not layer.between(reach, end).equals(rows):
+            return False
+        reach = end
+    return layer.at_or_after(reach) == PAGE_LIMIT
 
 
 def _differ(chain: Chain, image: Image, space: int, pages: U64, hashes: U64) -> tuple[Bools, str]:

@@ -28,9 +28,9 @@ _HINTS = {
 }
 
 
-def image_name(epoch: int) -> str:
+def image_name(epoch: int, generation: int = 0) -> str:
     """The file name of an epoch's image."""
-    return f"{epoch:08d}.img"
+    return f"{epoch:08d}.{generation}.img" if generation else f"{epoch:08d}.img"
 
 
 def explain(error: OSError, doing: str, path: object) -> NoReturn:

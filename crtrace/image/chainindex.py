@@ -12,7 +12,7 @@ from xxhash import xxh3_64_intdigest
 
 from crtrace.errors import FormatTooNew, ImageDamaged
 from crtrace.faults import point
-from crtrace.image.chaindir import INDEX_NAME, PART, ChainDir, explained
+from crtrace.image.chaindir import INDEX_NAME, PART, ChainDir, explained, image_name
 from crtrace.image.framing import MAJOR, MINOR
 from crtrace.image.header import NO_EPOCH, NO_ID
 
@@ -22,6 +22,8 @@ ENTRY = struct.Struct("<Q16s16sQIIQ16sQQQQQ")
 SUM = struct.Struct("<Q")
 ENTRY_SIZE = 128
 IS_FULL = 1
+REWRITTEN = 2
+"""The image was written again after images that build on it: FORMAT.md, "Replaced images"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +35,8 @@ class IndexEntry:
     parent_id: bytes = NO_ID
     parent_epoch: int = NO_EPOCH
     flags: int = IS_FULL
+    generation: int = 0
+    """How often images of the chain had been written again when this one was."""
     length: int
     image_hash: bytes
     wall_ns: int = 0
@@ -42,6 +46,11 @@ class IndexEntry:
     bytes_stored: int = 0
 
     @property
+    def name(self) -> str:
+        """The name of the image's file."""
+        return image_name(self.epoch, self.generation)
+
+    @property
     def full(self) -> bool:
         """Whether the image needs no parent."""
         return bool(self.flags & IS_FULL)
@@ -49,9 +58,9 @@ class IndexEntry:
     def pack(self, chain_id: bytes) -> bytes:
         """The 128 bytes of the entry in that chain."""
         data = ENTRY.pack(
-            self.epoch, self.image_id, self.parent_id, self.parent_epoch, self.flags, 0,
-            self.length, self.image_hash, self.wall_ns, self.pages_written, self.pages_hole,
-            self.bytes_raw, self.bytes_stored,
+            self.epoch, self.image_id, self.parent_id, self.parent_epoch, self.flags,
+            self.generation, self.length, self.image_hash, self.wall_ns, self.pages_written,
+            self.pages_hole, self.bytes_raw, self.bytes_stored,
         )  # fmt: skip
         return data + SUM.pack(xxh3_64_intdigest(chain_id + data))
 
@@ -61,12 +70,13 @@ class IndexEntry:
         body = data[: ENTRY.size]
         if SUM.unpack(data[ENTRY.size :])[0] != xxh3_64_intdigest(chain_id + body):
             return None
-        (epoch, image_id, parent_id, parent_epoch, flags, _, length, image_hash, wall_ns,
+        (epoch, image_id, parent_id, parent_epoch, flags, generation, length, image_hash, wall_ns,
          written, holes, raw, stored) = ENTRY.unpack(body)  # fmt: skip
         return cls(
             epoch=epoch, image_id=image_id, parent_id=parent_id, parent_epoch=parent_epoch,
-            flags=flags, length=length, image_hash=image_hash, wall_ns=wall_ns,
-            pages_written=written, pages_hole=holes, bytes_raw=raw, bytes_stored=stored,
+            flags=flags, generation=generation, length=length, image_hash=image_hash,
+            wall_ns=wall_ns, pages_written=written, pages_hole=holes, bytes_raw=raw,
+            bytes_stored=stored,
         )  # fmt: skip
 
 
@@ -165,8 +175,8 @@ def _wrong(entry: IndexEntry | None, before: list[IndexEntry]) -> str:
         return "the checksum of the entry is wrong"
     if before and entry.epoch <= before[-1].epoch:
         return f"epoch {entry.epoch} follows epoch {before[-1].epoch}"
-    if entry.flags & ~IS_FULL:
-        return f"flags are {entry.flags:#x}, expected 0 or 1"
+    if entry.flags & ~(IS_FULL | REWRITTEN):
+        return f"flags are {entry.flags:#x}, expected 0 to 3"
     if not entry.full and entry.parent_epoch >= entry.epoch:
         return f"epoch {entry.epoch} has the later epoch {entry.parent_epoch} as its parent"
     return ""

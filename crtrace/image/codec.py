@@ -43,6 +43,11 @@ def decompress(codec: int, block: bytes | memoryview, raw_length: int) -> bytes 
     return data
 
 
+def as_bytes(column: U64) -> memoryview:
+    """The bytes of an array, uncopied where it is contiguous; an empty one has none to cast."""
+    return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data
+
+
 def hash_pages(pages: Bytes) -> U64:
     """The xxh3-128 of each row of an ``(n, 4096)`` array, as ``(n, 2)`` uint64.
 

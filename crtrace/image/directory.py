@@ -34,6 +34,7 @@ def _check_places(rows: Directory, end: int, where: str) -> None:
 
 
 def _check_types(rows: Directory, where: str) -> None:
+    # SUMMARY is not among them: it is optional, and must say so.
     known = (rows["type"] >= RecordType.IMAGE) & (rows["type"] <= RecordType.STATS)
     bad = (rows["flags"] & ~np.uint32(OPTIONAL) != 0) | ~(known | (rows["flags"] == OPTIONAL))
     if bad.any():

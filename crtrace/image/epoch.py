@@ -8,14 +8,17 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from crtrace.errors import CrtraceError
 from crtrace.image.header import ImageHeader, Stats
-from crtrace.image.losses import Unreadable, UnreadableRange
+from crtrace.image.losses import Unreadable, UnreadableRange, narrowed
 from crtrace.image.merged import MergedPages
+from crtrace.image.places import PageKind, kinds
 from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
-from crtrace.image.resolve import Run, Source, memory_runs, read_run, still_lost
+from crtrace.image.resolve import Run, Source, memory_runs, read_run
 from crtrace.image.tables import FileInfo, Files, Vma, Vmas
-from crtrace.units import PAGE_SIZE, Bytes
+from crtrace.units import PAGE_SIZE, Bytes, to_ranges
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,13 +139,15 @@ class Epoch(MergedPages):
 
     def losses(self) -> list[UnreadableRange]:
         """The pages that are there, could not be read, and have not been read since, by address."""
-        found: list[UnreadableRange] = []
-        for level, image in enumerate(self.lineage):
-            for _, _, table in image.records(Unreadable):
-                for row in table.rows:
-                    if row.space in self.spaces:
-                        found += still_lost(self, level, row)
-        return sorted(found, key=lambda row: (row.space, row.first))
+        return [loss for space in self.spaces for loss in self._losses(space)]
+
+    def _losses(self, space: int) -> Iterator[UnreadableRange]:
+        for rows in self.index_parts(space):
+            lost = rows.select(kinds(rows.places) == PageKind.UNREADABLE)
+            for level in np.unique(lost.levels).tolist():
+                tables = (table for _, _, table in self.lineage[level].records(Unreadable))
+                reasons = [row for table in tables for row in table.rows if row.space == space]
+                yield from narrowed(reasons, to_ranges(lost.pages[lost.levels == level]))
 
 
 def _space(task: TaskView) -> int:

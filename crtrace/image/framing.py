@@ -23,6 +23,7 @@ HEADER = struct.Struct("<IIQIIQ")
 TAIL = struct.Struct("<8sQQQ16s")
 CHUNK_HEAD = struct.Struct("<IIII")
 INDEX_HEAD = struct.Struct("<IIQ")
+SUMMARY_HEAD = struct.Struct("<IIQQQQ")
 TAIL_SIZE = HEADER.size + TAIL.size
 MAX_CHUNK = 16 + 8 * CHUNK_PAGES + CHUNK_BYTES
 MAX_PAYLOAD = 256 << 20
@@ -58,6 +59,7 @@ class RecordType(IntEnum):
     STATS = 12
     DIRECTORY = 13
     TAIL = 14
+    SUMMARY = 15
 
 
 class Record(Protocol):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cached_property
 from typing import TypeVar
 
 import numpy as np
 from xxhash import xxh3_64, xxh3_128_digest
 
 from crtrace.errors import ImageDamaged
-from crtrace.image.chaindir import image_name
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.chunk import Chunk, unpack_chunk
 from crtrace.image.directory import Directory, unpack_directory
@@ -18,6 +18,7 @@ from crtrace.image.filepool import FilePool
 from crtrace.image.framing import (
     DIRECTORY_ROW,
     HEADER,
+    INDEX_HEAD,
     MAX_CHUNK,
     MAX_PAYLOAD,
     TAIL,
@@ -31,7 +32,8 @@ from crtrace.image.framing import (
 )
 from crtrace.image.header import ImageHeader, Stats
 from crtrace.image.losses import Unreadable
-from crtrace.image.pageindex import PageIndex
+from crtrace.image.pageindex import PageIndex, SummaryPart
+from crtrace.image.places import PAGE_LIMIT
 from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
 from crtrace.image.tables import Files, Vmas
 
@@ -54,10 +56,11 @@ class Image:
 
     def __init__(self, files: FilePool, entry: IndexEntry, chain_id: bytes) -> None:
         self.entry = entry
-        self.name = image_name(entry.epoch)
+        self.name = entry.name
         self.path = files.directory.path / self.name
         self._files = files
         self._indexes: dict[int, PageIndex] = {}
+        self._summaries: dict[int, tuple[SummaryPart, ...]] = {}
         length = os.fstat(files.get(self.name)).st_size
         if length != entry.length:
             raise ImageDamaged(
@@ -69,6 +72,14 @@ class Image:
         self.directory = self._read_directory()
         self.header = self._read_header(chain_id)
         self._spaces = self._find_spaces()
+
+    @cached_property
+    def summary_ids(self) -> dict[int, list[int]]:
+        """Space -> ids of the records that sum it up, as they say themselves, unchecked."""
+        found: dict[int, list[int]] = {}
+        for number in self.ids(RecordType.SUMMARY):
+            found.setdefault(self._space_of(number), []).append(number)
+        return found
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; they must be there."""
@@ -153,15 +164,17 @@ class Image:
         """Space -> id of its page index."""
         spaces: dict[int, int] = {}
         for number in self.ids(RecordType.PAGE_INDEX):
-            row = self.directory[number - 1]
-            if row["length"] < 16:
-                raise ImageDamaged(f"{self.where(number)}: too short for a page index")
-            head = self.read(int(row["offset"]) + HEADER.size, 4)
-            space = int.from_bytes(head, "little")
+            space = self._space_of(number)
             if space in spaces:
                 raise ImageDamaged(f"{self.where(number)}: space {space} has two page indexes")
             spaces[space] = number
         return spaces
+
+    def _space_of(self, number: int) -> int:
+        """The space that an index or a summary is of, as it says itself, unchecked."""
+        if self.directory[number - 1]["length"] < INDEX_HEAD.size:
+            raise ImageDamaged(f"{self.where(number)}: too short for what it is")
+        return int.from_bytes(self.span(number, 0, 4), "little")
 
     def index_id(self, space: int) -> int:
         """The id of the page index of a space of this epoch."""
@@ -246,10 +259,33 @@ class Image:
     def page_index(self, space: int) -> PageIndex | None:
         """What this image says of a space; None when the space does not exist in it."""
         if space not in self._spaces:
+            # Unless one of the others, damaged, only claims to be of another space.
+            for other in self._spaces:
+                self.page_index(other)
             return None
         if space not in self._indexes:
             self._indexes[space] = PageIndex(self, self._spaces[space])
         return self._indexes[space]
+
+    def summary(self, space: int) -> tuple[SummaryPart, ...]:
+        """What this image sums up of a space, in the order of the pages; nothing: empty.
+
+        Raises ``ImageDamaged`` when it is wrong in any way; its parts cover all pages.
+        """
+        if space not in self._summaries:
+            parts = [SummaryPart(self, number) for number in self.summary_ids.get(space, ())]
+            parts.sort(key=lambda part: part.first)
+            reach = 0
+            for part in parts:
+                where = f"{self.path}: the summary of space {space}"
+                if (part.space, part.first, part.base) != (space, reach, parts[0].base):
+                    raise ImageDamaged(f"{where} has no part for page {reach:#x}")
+                part.check_within(self.entry.epoch)
+                reach = part.end
+            if parts and reach != PAGE_LIMIT:
+                raise ImageDamaged(f"{where} ends at page {reach:#x}")
+            self._summaries[space] = tuple(parts)
+        return self._summaries[space]
 
     def check_parent(self, parent: Image) -> None:
         """Raise ``ImageDamaged`` unless this image was made on top of that one."""

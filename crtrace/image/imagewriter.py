@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -11,9 +12,9 @@ import numpy as np
 from crtrace.errors import CrtraceError
 from crtrace.image.chaindir import ChainDir, image_name
 from crtrace.image.chainindex import IS_FULL, IndexEntry
-from crtrace.image.codec import ZERO_PAGE_HASH, compress, hash_pages
+from crtrace.image.codec import ZERO_PAGE_HASH, as_bytes, compress, hash_pages
 from crtrace.image.contents import StoredContents
-from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, Record, RecordType
+from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, OPTIONAL, Part, Record, RecordType
 from crtrace.image.header import ImageHeader, Stats
 from crtrace.image.losses import Unreadable, UnreadableRange, UnreadableReason
 from crtrace.image.pagetable import PageTable
@@ -42,6 +43,9 @@ class Owner(Protocol):
 
     def abandoned(self) -> None:
         """The epoch will not be."""
+
+    def summaries(self, header: ImageHeader, settled: dict[int, Entries]) -> Iterable[list[Part]]:
+        """What the image repeats of earlier ones: payloads of SUMMARY records."""
 
 
 class ImageWriter:
@@ -183,7 +187,7 @@ class ImageWriter:
     def _write_block(self, space: int, pages: U64, data: Bytes) -> tuple[int, int]:
         codec, block = compress(np.ascontiguousarray(data))
         head = CHUNK_HEAD.pack(space, len(pages), codec, 0)
-        return self._file.append(RecordType.CHUNK, [head, _bytes(pages), block])
+        return self._file.append(RecordType.CHUNK, [head, as_bytes(pages), block])
 
     def mark_holes(self, space: int, pages: U64, *, round: int = LAST_ROUND) -> None:
         """Say that the pages (ascending) have no contents of their own any more.
@@ -246,6 +250,8 @@ class ImageWriter:
         for space, entries in settled.items():
             losses += take_unreadable(space, entries)
             self._write_index(space, entries)
+        for payload in self._owner.summaries(self.header, settled):
+            self._file.append(RecordType.SUMMARY, payload, flags=OPTIONAL)
         if losses:
             self.add(Unreadable(tuple(losses)))
         counts = self._counts(settled)
@@ -265,7 +271,7 @@ class ImageWriter:
     def _write_index(self, space: int, entries: Entries) -> None:
         head = INDEX_HEAD.pack(space, 0, len(entries.pages))
         columns = (entries.pages, entries.places, entries.hashes)
-        self._file.append(RecordType.PAGE_INDEX, [head, *map(_bytes, columns)])
+        self._file.append(RecordType.PAGE_INDEX, [head, *map(as_bytes, columns)])
 
     def _counts(self, settled: dict[int, Entries]) -> dict[str, int]:
         total = {
@@ -310,8 +316,3 @@ def _spaces_named(record: Record) -> list[int]:
     if isinstance(record, Vmas | Files):
         return sorted({row.object_space for row in record.rows} - {0})
     return []
-
-
-def _bytes(column: U64) -> memoryview:
-    """The bytes of a column; an empty one cannot be cast."""
-    return np.ascontiguousarray(column).reshape(-1).view(np.uint8).data

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import ClassVar, Self
+
+import numpy as np
 
 from crtrace.errors import ImageDamaged
 from crtrace.image.fields import Cursor
 from crtrace.image.framing import RecordType
+from crtrace.units import U64, intersect
 
 UNREADABLE_ROW = struct.Struct("<IiQQII")
 
@@ -64,3 +68,11 @@ class Unreadable:
                 for space, errno, first, pages, reason, _ in rows
             )
         )
+
+
+def narrowed(rows: Iterable[UnreadableRange], pages: U64) -> Iterator[UnreadableRange]:
+    """The parts of ``rows`` that lie in a range array."""
+    for row in rows:
+        whole = np.array([[row.first, row.first + row.count]], dtype=np.uint64)
+        for first, end in intersect(whole, pages).tolist():
+            yield replace(row, first=first, count=end - first)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from itertools import pairwise
 
 import numpy as np
@@ -11,50 +11,52 @@ import numpy as np
 from crtrace.errors import ImageDamaged
 from crtrace.image.chunk import Chunk
 from crtrace.image.imagefile import Image
-from crtrace.image.pageindex import IndexRows, PageIndex
-from crtrace.image.places import U16, PageKind, chunks, kinds, place, slots
+from crtrace.image.layers import Layer, LayerRows, Rows, gather, joined
+from crtrace.image.lineage import Levels, Lineage
+from crtrace.image.places import LOST, PAGE_LIMIT, U16, PageKind, chunks, kinds, place, slots
 from crtrace.units import PAGE_SIZE, U64, Bytes
 
 CACHED_CHUNKS = 16
 """Decompressed chunks kept: 32 MiB at most."""
-MERGE_FENCES = 128
-"""Fences of the page indexes between two cuts of a merge: about 128 * 1024 rows at a time."""
+MERGE_FENCES = 24
+"""Fences of the layers between two cuts of a merge: about 24 * 1024 rows at a time."""
+STORED_ROWS = 1 << 18
+"""Rows of which the contents are read together: 1 GiB of pages."""
 NOWHERE = -1
 
-Levels = np.ndarray[tuple[int], np.dtype[np.int64]]
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
+Salvage = Mapping[int, Set[int]]
+"""Epoch -> records of its image that are known to be damaged."""
 
 
 class MergedPages:
     """The pages of an image and of those it builds on: ``lineage`` is the image, its parent, …
 
     Memory stays bounded whatever the size of the target. Not for several threads at once. Methods
-    raise ``ImageDamaged``.
+    raise ``ImageDamaged`` and ``ChainIncomplete``; with ``salvage`` the pages that cannot be
+    known are of the kind ``LOST`` instead.
     """
 
-    def __init__(self, lineage: Sequence[Image]) -> None:
-        self.lineage = tuple(lineage)
-        self.image = lineage[0]
+    def __init__(self, lineage: Lineage, salvage: Salvage | None = None) -> None:
+        self.lineage = lineage
+        self.image: Image = lineage[0]
+        self._salvage = salvage
         self._chunks: OrderedDict[tuple[int, int], Chunk] = OrderedDict()
-        self._spaces: dict[tuple[int, int], tuple[PageIndex, ...]] = {}
+        self._spaces: dict[tuple[int, int], list[Layer]] = {}
 
     @property
     def spaces(self) -> list[int]:
         """The spaces that exist in this epoch, ascending."""
         return self.image.spaces
 
-    def _indexes(self, space: int, level: int = 0) -> tuple[PageIndex, ...]:
-        """The page indexes of a space from ``lineage[level]`` back, as far as it has existed."""
+    def layers(self, space: int, level: int = 0) -> list[Layer]:
+        """What the images from ``lineage[level]`` back say of a space, the newest first."""
         if (space, level) not in self._spaces:
-            found: list[PageIndex] = []
-            for image in self.lineage[level:]:
-                index = image.page_index(space)
-                if index is None:
-                    break
-                found.append(index)
+            end, salvage = len(self.lineage), self._salvage is not None
+            found, _, _ = gather(self.lineage, space, level, end, salvage=salvage)
             if not found:
                 raise ImageDamaged(f"{self.image.path}: space {space} has no page index")
-            self._spaces[space, level] = tuple(found)
+            self._spaces[space, level] = found
         return self._spaces[space, level]
 
     def locate(self, space: int, pages: U64) -> tuple[Levels, U64]:
@@ -69,26 +71,29 @@ class MergedPages:
         levels = np.full(len(pages), NOWHERE, dtype=np.int64)
         places = np.full(len(pages), place(PageKind.HOLE))
         todo = np.arange(len(pages))
-        for level, index in enumerate(self._indexes(space, first), first):
-            found, where, _ = index.find(pages[todo])
-            levels[todo[found]], places[todo[found]] = level, where
+        for layer in self.layers(space, first):
+            found, where, what = layer.find(pages[todo])
+            levels[todo[found]], places[todo[found]] = where, what
             todo = todo[~found]
             if not len(todo):
                 break
+        return self._settle(pages, levels, places)
+
+    def _settle(self, pages: U64, levels: Levels, places: U64) -> tuple[Levels, U64]:
+        """Levels and places with those inherited followed, and those in damaged chunks lost."""
         kind = kinds(places)
         levels[kind == PageKind.HOLE] = NOWHERE
         inherited = np.flatnonzero(kind == PageKind.INHERITED)
         if len(inherited):
             self._follow(pages, levels, places, inherited)
+        if self._salvage:
+            self._lose(levels, places, self._salvage)
         return levels, places
 
     def _follow(self, pages: U64, levels: Levels, places: U64, inherited: Positions) -> None:
         """Replace inherited places by those they stand for. Each step is one image further back,
         so that it ends."""
-        keys = levels[inherited] << 32 | chunks(places[inherited]).astype(np.int64)
-        for key in np.unique(keys):
-            at = inherited[keys == key]
-            level, origin = int(key) >> 32, int(key) & 0xFFFFFFFF
+        for at, level, origin in _groups(levels, places, inherited):
             if level + 1 >= len(self.lineage):
                 raise ImageDamaged(f"{self.lineage[level].path}: inherits pages from no parent")
             levels[at], places[at] = self._locate(origin, pages[at], level + 1)
@@ -97,9 +102,15 @@ class MergedPages:
                     f"{self.lineage[level].path}: inherits pages that space {origin} has not"
                 )
 
+    def _lose(self, levels: Levels, places: U64, salvage: Salvage) -> None:
+        stored = np.flatnonzero(kinds(places) == PageKind.STORED)
+        for at, level, number in _groups(levels, places, stored):
+            if number in salvage.get(self.lineage.entries[level].epoch, ()):
+                places[at] = place(LOST)
+
     def at_or_after(self, space: int, page: int) -> int:
         """A page not below ``page`` before which nothing is listed; far away if nothing follows."""
-        return min(index.at_or_after(page) for index in self._indexes(space))
+        return min(layer.at_or_after(page) for layer in self.layers(space))
 
     def page_kinds(self, space: int, pages: U64) -> U16:
         """The ``PageKind`` of each of ``pages`` (ascending); ``HOLE``: no contents here."""
@@ -112,20 +123,33 @@ class MergedPages:
         """
         levels, places = self.locate(space, pages)
         data = np.zeros((len(pages), PAGE_SIZE), dtype=np.uint8)
-        held = np.flatnonzero((levels >= 0) & (kinds(places) == PageKind.STORED))
-        keys = levels[held] << 32 | chunks(places[held]).astype(np.int64)
-        for key in np.unique(keys):
-            at = held[keys == key]
-            level, number = int(key) >> 32, int(key) & 0xFFFFFFFF
-            data[at] = self._from_chunk(level, number, slots(places[at]))
+        for at, part in self._contents(levels, places):
+            data[at] = part
         return data
 
-    def _from_chunk(self, level: int, number: int, at: U64) -> Bytes:
-        chunk = self._chunk(level, number)
-        image = self.lineage[level]
-        if at.max() >= len(chunk.pages):
-            raise ImageDamaged(f"{image.where(number)}: has no slot {at.max()}")
-        return chunk.data[at]
+    def stored(
+        self, space: int, first: int = 0, end: int = PAGE_LIMIT
+    ) -> Iterator[tuple[U64, Bytes]]:
+        """Pages of ``[first, end)`` with bytes, and these, ``(n, 4096)``, n up to 512.
+
+        In the order in which they lie in the images, so that each chunk is decompressed about
+        once, however the pages of many epochs are mixed in the address space.
+        """
+        for rows in _together(self.index_parts(space, first, end)):
+            levels, places = self._settle(rows.pages, rows.levels, rows.places)
+            for at, part in self._contents(levels, places):
+                yield rows.pages[at], part
+
+    def _contents(self, levels: Levels, places: U64) -> Iterator[tuple[Positions, Bytes]]:
+        """Positions and contents of what is stored, chunk by chunk."""
+        stored = np.flatnonzero((levels >= 0) & (kinds(places) == PageKind.STORED))
+        for at, level, number in _groups(levels, places, stored):
+            chunk = self._chunk(level, number)
+            slot = slots(places[at])
+            if slot.max() >= len(chunk.pages):
+                where = self.lineage[level].where(number)
+                raise ImageDamaged(f"{where}: has no slot {slot.max()}")
+            yield at, chunk.data[slot]
 
     def _chunk(self, level: int, number: int) -> Chunk:
         key = level, number
@@ -139,40 +163,65 @@ class MergedPages:
         self._chunks.move_to_end(key)
         return self._chunks[key]
 
-    def index_parts(self, space: int) -> Iterator[IndexRows]:
-        """The merged page index of a space, ascending, in parts of some 100,000 rows.
+    def index_parts(self, space: int, first: int = 0, end: int = PAGE_LIMIT) -> Iterator[LayerRows]:
+        """The merged page index of a space, ascending, in parts of some 10,000 rows.
 
-        Newest entries win; holes are left out. The places are only good for their kind: they name
-        chunks of different images.
+        Newest entries win; holes are left out.
         """
-        indexes = self._indexes(space)
-        fences = np.unique(np.concatenate([index.fences for index in indexes]))
-        cuts = [*fences[::MERGE_FENCES].tolist(), 1 << 53]
-        for first, end in pairwise(cuts):
-            rows = _newest([index.between(first, end) for index in indexes])
-            if len(rows.pages):
-                yield rows
+        for part in merge_layers(self.layers(space), first, end):
+            keep = kinds(part.places) != PageKind.HOLE
+            if keep.any():
+                yield part.select(keep)
 
-    def index(self, space: int) -> IndexRows:
-        """The merged page index of a space as a whole: 32 bytes a page."""
+    def index(self, space: int) -> LayerRows:
+        """The merged page index of a space as a whole: 40 bytes a page."""
         none = np.empty(0, dtype=np.uint64)
-        parts = [IndexRows(none, none, none.reshape(0, 2)), *self.index_parts(space)]
-        return IndexRows(
-            np.concatenate([part.pages for part in parts]),
-            np.concatenate([part.places for part in parts]),
-            np.concatenate([part.hashes for part in parts]),
-        )
+        empty = LayerRows(none, none.astype(np.int64), none, none.reshape(0, 2))
+        return joined([empty, *self.index_parts(space)])
 
 
-def _newest(parts: list[IndexRows]) -> IndexRows:
-    """One set of rows from several, newest first, without holes."""
-    pages = np.concatenate([part.pages for part in parts])
-    order = np.argsort(pages, kind="stable")
-    ranked = pages[order]
+def merge_layers(
+    every: Sequence[Rows], first: int = 0, end: int = PAGE_LIMIT
+) -> Iterator[LayerRows]:
+    """The rows of ``[first, end)`` of several layers, the newest first, as one, with holes."""
+    fences = np.unique(np.concatenate([layer.fences for layer in every]))
+    inside = fences[(fences > first) & (fences < end)]
+    for start, stop in pairwise([first, *inside[::MERGE_FENCES].tolist(), end]):
+        parts = [layer.between(start, stop) for layer in every]
+        if any(len(part.pages) for part in parts):
+            yield _newest(parts)
+
+
+def _newest(parts: list[LayerRows]) -> LayerRows:
+    """One set of rows from several, newest first."""
+    if len(parts) == 1:
+        return parts[0]
+    every = joined(parts)
+    order = np.argsort(every.pages, kind="stable")
+    ranked = every.pages[order]
     first = np.ones(len(ranked), dtype=np.bool_)
     first[1:] = ranked[1:] != ranked[:-1]
-    order = order[first]
-    places = np.concatenate([part.places for part in parts])[order]
-    keep = kinds(places) != PageKind.HOLE
-    hashes = np.concatenate([part.hashes for part in parts])[order[keep]]
-    return IndexRows(pages[order][keep], places[keep], hashes)
+    return every.select(order[first])
+
+
+def _together(parts: Iterable[LayerRows]) -> Iterator[LayerRows]:
+    """The same rows in fewer parts."""
+    held: list[LayerRows] = []
+    for part in parts:
+        held.append(part)
+        if sum(len(each.pages) for each in held) >= STORED_ROWS:
+            yield joined(held)
+            held = []
+    if held:
+        yield joined(held)
+
+
+def _groups(levels: Levels, places: U64, which: Positions) -> Iterator[tuple[Positions, int, int]]:
+    """``which``, grouped by level and chunk: positions, level, chunk; in the order of both."""
+    keys = levels[which] << 32 | chunks(places[which]).astype(np.int64)
+    order = np.argsort(keys, kind="stable")
+    ranked = keys[order]
+    cuts = np.flatnonzero(np.diff(ranked)) + 1
+    for at in np.split(which[order], cuts) if len(which) else ():
+        key = int(levels[at[0]]) << 32 | int(chunks(places[at[0]]))
+        yield at, key >> 32, key & 0xFFFFFFFF

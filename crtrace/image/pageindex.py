@@ -1,14 +1,16 @@
-"""The page index of one space in one image, searched on disk: memory does not grow with it."""
+"""Page indexes and summaries of them, searched on disk: memory does not grow with them."""
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from crtrace.errors import ImageDamaged
-from crtrace.image.framing import INDEX_HEAD
+from crtrace.image.framing import INDEX_HEAD, SUMMARY_HEAD
+from crtrace.image.header import NO_EPOCH
 from crtrace.image.places import PAGE_LIMIT, PageKind, kinds
 from crtrace.units import U64, Bools
 
@@ -19,7 +21,8 @@ FENCE_ROWS = 1024
 """Every so many rows, one page number stays in memory: 8 bytes for 8 KiB of the column."""
 MAX_ROWS = 1 << 16
 """Most rows read at once by a search."""
-COLUMN_BYTES = (8, 8, 16)
+SUMMARY_ROWS = 1 << 16
+"""Most rows of one SUMMARY record."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,10 @@ class IndexRows:
 
 class PageIndex:
     """The rows of a PAGE_INDEX record, checked as a whole once, then read as needed."""
+
+    HEAD: ClassVar[struct.Struct] = INDEX_HEAD
+    COLUMNS: ClassVar[tuple[int, ...]] = (8, 8, 16)
+    """Bytes a row in each column: page, place, hash."""
 
     def __init__(self, image: Image, number: int) -> None:
         self._image = image
@@ -57,7 +64,7 @@ class PageIndex:
         for piece in self._image.slices(self._number):
             if not at:
                 self._rows = self._count(piece, where)
-            pages, first = _pages_in(piece, at, self._rows)
+            pages, first = self._pages_in(piece, at)
             at += len(piece)
             if len(pages):
                 if int(pages[0]) <= reach or (pages[1:] <= pages[:-1]).any():
@@ -70,15 +77,31 @@ class PageIndex:
 
     def _count(self, piece: bytes, where: str) -> int:
         length = int(self._image.directory[self._number - 1]["length"])
-        _, _, rows = INDEX_HEAD.unpack_from(piece)
-        if INDEX_HEAD.size + rows * sum(COLUMN_BYTES) != length:
+        rows = self._read_head(piece, where)
+        if self.HEAD.size + rows * sum(self.COLUMNS) != length:
             raise ImageDamaged(f"{where}: {rows} rows do not fit a payload of {length} bytes")
-        return int(rows)
+        return rows
+
+    def _read_head(self, piece: bytes, where: str) -> int:
+        """The number of rows."""
+        if len(piece) < self.HEAD.size:
+            raise ImageDamaged(f"{where}: {len(piece)} bytes are too few")
+        rows: int = self.HEAD.unpack_from(piece)[-1]
+        return rows
+
+    def _pages_in(self, piece: bytes, at: int) -> tuple[U64, int]:
+        """The page numbers in the piece of the payload at ``at``, and the first one's row."""
+        column = self.HEAD.size, self.HEAD.size + 8 * self._rows
+        start, end = max(at, column[0]), min(at + len(piece), column[1])
+        if start >= end:
+            return np.empty(0, dtype=np.uint64), 0
+        pages = np.frombuffer(piece, dtype="<u8", count=(end - start) // 8, offset=start - at)
+        return pages, (start - column[0]) // 8
 
     def _column(self, column: int, start: int, end: int) -> U64:
         """Rows ``[start, end)`` of a column, as uint64: 1 a row, of hashes 2."""
-        base = INDEX_HEAD.size + self._rows * sum(COLUMN_BYTES[:column])
-        size = COLUMN_BYTES[column]
+        base = self.HEAD.size + self._rows * sum(self.COLUMNS[:column])
+        size = self.COLUMNS[column]
         data = self._image.span(self._number, base + start * size, (end - start) * size)
         return np.frombuffer(data, dtype="<u8")
 
@@ -137,7 +160,11 @@ class PageIndex:
 
     def between(self, first: int, end: int) -> IndexRows:
         """The rows of the pages ``[first, end)``."""
-        return self.rows(self._row_of(first), self._row_of(end))
+        return self.rows(*self.rows_between(first, end))
+
+    def rows_between(self, first: int, end: int) -> tuple[int, int]:
+        """The numbers ``[start, end)`` of the rows of the pages ``[first, end)``."""
+        return self._row_of(first), self._row_of(end)
 
     def at_or_after(self, page: int) -> int:
         """The first page with a row that is not below ``page``; ``PAGE_LIMIT`` for none."""
@@ -154,11 +181,41 @@ class PageIndex:
         return start + int(np.searchsorted(have, np.uint64(page)))
 
 
-def _pages_in(piece: bytes, at: int, rows: int) -> tuple[U64, int]:
-    """The page numbers in the piece of the payload at offset ``at``, and the first one's row."""
-    column = INDEX_HEAD.size, INDEX_HEAD.size + 8 * rows
-    start, end = max(at, column[0]), min(at + len(piece), column[1])
-    if start >= end:
-        return np.empty(0, dtype=np.uint64), 0
-    pages = np.frombuffer(piece, dtype="<u8", count=(end - start) // 8, offset=start - at)
-    return pages, (start - column[0]) // 8
+class SummaryPart(PageIndex):
+    """The rows of a SUMMARY record: those of the newest of several images that has the page.
+
+    ``base`` is the epoch after which they begin, or ``NO_EPOCH``; the record is about the pages
+    ``[first, end)`` alone.
+    """
+
+    HEAD: ClassVar[struct.Struct] = SUMMARY_HEAD
+    COLUMNS: ClassVar[tuple[int, ...]] = (8, 8, 16, 8)
+    """Bytes a row in each column: page, place, hash, epoch of the image that the place is in."""
+
+    space = base = first = end = 0
+
+    def _read_head(self, piece: bytes, where: str) -> int:
+        if len(piece) < self.HEAD.size:
+            raise ImageDamaged(f"{where}: {len(piece)} bytes are too few")
+        self.space, _, self.base, self.first, self.end, rows = self.HEAD.unpack_from(piece)
+        if rows > SUMMARY_ROWS:
+            raise ImageDamaged(f"{where}: {rows} rows, expected at most {SUMMARY_ROWS}")
+        return int(rows)
+
+    def check_within(self, epoch: int) -> None:
+        """Raise ``ImageDamaged`` unless pages and epochs, up to ``epoch``, are in its bounds."""
+        if not len(self):
+            return
+        pages = self._column(0, len(self) - 1, len(self))
+        epochs = self.epochs(0, len(self))
+        oldest = 0 if self.base == NO_EPOCH else self.base + 1
+        if (
+            self.fences[0] < self.first or pages[0] >= self.end
+            or epochs.min() < oldest or epochs.max() > epoch
+        ):  # fmt: skip
+            where = self._image.where(self._number)
+            raise ImageDamaged(f"{where}: a row is out of the bounds that it gives itself")
+
+    def epochs(self, start: int, end: int) -> U64:
+        """The epochs of rows ``[start, end)``."""
+        return self._column(3, start, end)

@@ -28,6 +28,9 @@ class PageKind(IntEnum):
     """As the same page of another space in the parent image; the chunk is that space's number."""
 
 
+LOST = 5
+"""Reader only, never on disk: damage has it. What the page was is not known."""
+
 SAME = 0xFFFF
 """Writer only, never on disk: the page equals the parent's again, so forget earlier rounds."""
 

@@ -12,6 +12,7 @@ from crtrace.image.chainindex import ChainIndex, IndexEntry
 from crtrace.image.epoch import Epoch
 from crtrace.image.filepool import FilePool
 from crtrace.image.imagefile import Image
+from crtrace.image.lineage import Lineage
 
 __all__ = ["Chain", "Epoch", "Image"]
 
@@ -30,6 +31,7 @@ class Chain:
         self.path = directory.path
         self._files = FilePool(directory)
         self._images: dict[int, Image] = {}
+        self._by_epoch = {entry.epoch: entry for entry in self.entries}
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Self:
@@ -98,9 +100,8 @@ class Chain:
             raise UsageError(f"chain {self.path} has no epoch yet")
         if number < 0 and -number <= len(self.entries):
             return self.entries[number]
-        for entry in self.entries:
-            if entry.epoch == number:
-                return entry
+        if number in self._by_epoch:
+            return self._by_epoch[number]
         first, last = self.entries[0].epoch, self.entries[-1].epoch
         raise UsageError(
             f"chain {self.path} has no epoch {number}; it has {first} to {last}",
@@ -117,31 +118,29 @@ class Chain:
         """The entry that this one builds on; None when full. Raises ``ChainIncomplete``."""
         if entry.full:
             return None
-        for other in self.entries:
-            if other.epoch == entry.parent_epoch:
-                if other.image_id != entry.parent_id:
-                    raise ImageDamaged(
-                        f"{self.path / INDEX_NAME}: epoch {entry.epoch} was made on top of "
-                        f"another epoch {other.epoch}"
-                    )
-                return other
-        raise ChainIncomplete(
-            f"chain {self.path} lacks epoch {entry.parent_epoch}, which epoch {entry.epoch} needs"
-        )
+        other = self._by_epoch.get(entry.parent_epoch)
+        if other is None:
+            raise ChainIncomplete(
+                f"chain {self.path} lacks epoch {entry.parent_epoch}, which epoch {entry.epoch} "
+                "needs"
+            )
+        if other.image_id != entry.parent_id:
+            raise ImageDamaged(
+                f"{self.path / INDEX_NAME}: epoch {entry.epoch} was made on top of another epoch "
+                f"{other.epoch}"
+            )
+        return other
 
-    def lineage(self, entry: IndexEntry) -> list[Image]:
-        """The image of an entry, its parent's, and so on to a full one, links checked.
+    def lineage(self, entry: IndexEntry) -> Lineage:
+        """The image of an entry, its parent's, and so on to a full one, opened when used.
 
-        Raises ``ChainIncomplete`` when one is missing, ``ImageDamaged`` when one is not the one
-        that was built upon.
+        Raises ``ChainIncomplete`` when the index lacks one, ``ImageDamaged`` when one is not the
+        one that was built upon.
         """
-        images = [self.image(entry)]
-        parent = self.parent(entry)
-        while parent:
-            images.append(self.image(parent))
-            images[-2].check_parent(images[-1])
-            parent = self.parent(parent)
-        return images
+        entries = [entry]
+        while parent := self.parent(entries[-1]):
+            entries.append(parent)
+        return Lineage(entries, self.image)
 
     def epoch(self, number: int = -1) -> Epoch:
         """An epoch with everything it needs; negative numbers count from the end."""

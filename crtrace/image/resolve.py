@@ -8,11 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from crtrace.image.losses import UnreadableRange
 from crtrace.image.merged import MergedPages
-from crtrace.image.places import PageKind, kinds
+from crtrace.image.places import PageKind
 from crtrace.image.tables import Vma, VmaFlag, VmaKind
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, to_ranges
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes
 
 BATCH = 1 << 15
 """Pages looked up at a time."""
@@ -26,10 +25,12 @@ class Source(Enum):
     OBJECT = "object"
     FILE = "file"
     UNREADABLE = "unreadable"
+    LOST = "lost"
+    """Not known, because the chain is damaged."""
 
 
 SOURCES = tuple(Source)
-STORED, ZERO, OBJECT, FILE, UNREADABLE = range(5)
+STORED, ZERO, OBJECT, FILE, UNREADABLE, LOST = range(6)
 UNKNOWN_WHEN_ABSENT = (VmaKind.VDSO, VmaKind.VVAR, VmaKind.VSYSCALL, VmaKind.DEVICE)
 
 Codes = np.ndarray[tuple[int], np.dtype[np.uint8]]
@@ -100,9 +101,10 @@ def _shift(vma: Vma) -> np.uint64:
     return np.uint64(((vma.pgoff >> PAGE_SHIFT) - (vma.start >> PAGE_SHIFT)) % 2**64)
 
 
-_OWN = np.array([STORED, ZERO, FILE, UNREADABLE], dtype=np.uint8)
-_OBJECT = np.array([OBJECT, ZERO, ZERO, UNREADABLE], dtype=np.uint8)
-_OBJECT_OF_FILE = np.array([OBJECT, ZERO, FILE, UNREADABLE], dtype=np.uint8)
+# By PageKind; none is inherited any more when it comes here.
+_OWN = np.array([STORED, ZERO, FILE, UNREADABLE, LOST, LOST], dtype=np.uint8)
+_OBJECT = np.array([OBJECT, ZERO, ZERO, UNREADABLE, LOST, LOST], dtype=np.uint8)
+_OBJECT_OF_FILE = np.array([OBJECT, ZERO, FILE, UNREADABLE, LOST, LOST], dtype=np.uint8)
 
 
 def _codes(epoch: MergedPages, space: int, vma: Vma, pages: U64) -> Codes:
@@ -135,17 +137,3 @@ def read_run(epoch: MergedPages, space: int, vma: Vma, addr: int, npages: int) -
         if absent.any():
             data[absent] = epoch.read_pages(vma.object_space, pages[absent] + _shift(vma))
     return data
-
-
-def still_lost(epoch: MergedPages, level: int, row: UnreadableRange) -> Iterator[UnreadableRange]:
-    """The parts of an unreadable range of ``epoch.lineage[level]`` that are still unreadable."""
-    for start in range(row.first, row.first + row.count, BATCH):
-        end = min(start + BATCH, row.first + row.count)
-        pages = np.arange(start, end, dtype=np.uint64)
-        levels, places = epoch.locate(row.space, pages)
-        still = (levels == level) & (kinds(places) == PageKind.UNREADABLE)
-        for first, last in to_ranges(pages[still]).tolist():
-            yield UnreadableRange(
-                space=row.space, first=first, count=last - first,
-                errno=row.errno, reason=row.reason,
-            )  # fmt: skip

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Self
 
 from crtrace.errors import CrtraceError, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, ChainDir
 from crtrace.image.chainindex import ChainIndex, IndexEntry, IndexFile, create_index
+from crtrace.image.framing import Part
 from crtrace.image.header import FULL, INCREMENTAL, NO_EPOCH, NO_ID, ImageHeader
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.pagetable import PageTable
 from crtrace.image.pending import Entries
 from crtrace.image.places import PageKind, kinds
 from crtrace.image.reader import Chain
+from crtrace.image.summary import images_summed_up, summaries
 
 __all__ = ["ChainWriter", "ImageWriter"]
 
@@ -145,6 +148,21 @@ class ChainWriter:
             # With half of it learnt, the next epoch would miss holes. Opening again reads it all.
             self.close()
             raise
+
+    def summaries(self, header: ImageHeader, settled: dict[int, Entries]) -> Iterator[list[Part]]:
+        """For ``ImageWriter``: what the epoch under way repeats of earlier ones."""
+        depth = 0 if header.full else self._depth + 1
+        if images_summed_up(depth):
+            # Nothing of it is kept: in a long session that would be much.
+            with Chain.of(self._directory) as chain:
+                before = chain.lineage(chain.entry(header.parent_epoch))
+                yield from summaries(header, before, settled)
+
+    @property
+    def _depth(self) -> int:
+        """How many images the newest one builds on."""
+        entries = reversed(self.entries)
+        return next(at for at, entry in enumerate(entries) if entry.full)
 
     def abandoned(self) -> None:
         """For ``ImageWriter``: the epoch under way is none."""

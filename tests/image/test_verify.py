@@ -130,7 +130,7 @@ def test_a_missing_image(path: Path) -> None:
         assert contents(chain.epoch(0))
         for number in (1, 2):
             with pytest.raises(ChainIncomplete, match=SECOND) as caught:
-                chain.epoch(number)
+                contents(chain.epoch(number))
             assert caught.value.exit_code == 21
     report = check(path)
     assert report.damage[0].epochs == (1, 2)
@@ -372,7 +372,9 @@ def test_an_unknown_record_that_is_optional_is_passed_over(path: Path) -> None:
         assert contents(chain.epoch(2))[16] == page(1)
 
 
-@pytest.mark.parametrize(("kind", "flags"), [(4000, 0), (4000, 2), (12, 2), (15, 0), (0, 0)])
+@pytest.mark.parametrize(
+    ("kind", "flags"), [(4000, 0), (4000, 2), (12, 2), (16, 0), (15, 0), (0, 0)]
+)
 def test_an_unknown_record_that_is_required_is_too_new(path: Path, kind: int, flags: int) -> None:
     rewrite(path, 2, lambda image: image.add(kind, b"{}", flags=flags))
     with Chain.open(path) as chain, pytest.raises(FormatTooNew) as caught:

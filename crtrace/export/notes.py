@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from crtrace.errors import CrtraceError
 from crtrace.image.epoch import Epoch, TaskView, ThreadView
 from crtrace.image.records import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Task
+from crtrace.image.tables import FileFlag, FileInfo
 from crtrace.units import PAGE_SIZE
 
 NT_PRPSINFO, NT_AUXV = 3, 6
@@ -21,6 +23,32 @@ USER_REGS = 27 * 8
 SIGINFO_SIZE = 128
 
 
+class Ids(NamedTuple):
+    """The numbers of a process as it sees them itself: those of its own PID namespace.
+
+    The kernel writes these into cores, and debuggers compare them with what libc keeps in memory.
+    """
+
+    pid: int
+    ppid: int
+    pgid: int
+    sid: int
+
+
+def ids_of(epoch: Epoch, task: Task) -> Ids:
+    """In a nested PID namespace, who is not in the epoch counts as outside: 0."""
+    outer = (task.pid, task.ppid, task.pgid, task.sid)
+    if len(task.ns_pids) < 2:
+        return Ids(*outer)
+    space = dict(task.namespaces).get("pid")
+    known = {
+        each.pid: each.ns_pids[-1]
+        for each in (view.task for view in epoch.tasks)
+        if each.ns_pids and dict(each.namespaces).get("pid") == space
+    }
+    return Ids(*(known.get(number, 0) for number in outer))
+
+
 def core_notes(epoch: Epoch, task: TaskView) -> bytes:
     """All notes in the kernel's order: the main thread, the process, then the other threads.
 
@@ -30,15 +58,16 @@ def core_notes(epoch: Epoch, task: TaskView) -> bytes:
     threads = [view for view in threads if view.cpu and len(view.cpu.get(NT_PRSTATUS))]
     if not threads:
         raise CrtraceError(f"pid {task.task.pid} has no registers in this epoch: no core")
-    parts = [_note(NT_PRSTATUS, _prstatus(task.task, threads[0])), *_process(epoch, task)]
+    ids = ids_of(epoch, task.task)
+    parts = [_note(NT_PRSTATUS, _prstatus(ids, threads[0])), *_process(epoch, task, ids)]
     parts += _float_notes(threads[0])
     for view in threads[1:]:
-        parts += [_note(NT_PRSTATUS, _prstatus(task.task, view)), *_float_notes(view)]
+        parts += [_note(NT_PRSTATUS, _prstatus(ids, view)), *_float_notes(view)]
     return b"".join(parts)
 
 
-def _process(epoch: Epoch, task: TaskView) -> Iterator[bytes]:
-    yield _note(NT_PRPSINFO, _prpsinfo(task.task))
+def _process(epoch: Epoch, task: TaskView, ids: Ids) -> Iterator[bytes]:
+    yield _note(NT_PRPSINFO, _prpsinfo(task.task, ids))
     yield _note(NT_SIGINFO, bytes(SIGINFO_SIZE))  # no signal: it was alive and well
     if task.mm and task.mm.auxv:
         yield _note(NT_AUXV, task.mm.auxv)
@@ -58,7 +87,7 @@ def _note(kind: int, data: bytes, name: bytes = b"CORE") -> bytes:
     return head + named + bytes(-len(named) % 4) + data + bytes(-len(data) % 4)
 
 
-def _prstatus(task: Task, view: ThreadView) -> bytes:
+def _prstatus(ids: Ids, view: ThreadView) -> bytes:
     thread = view.thread
     registers = view.cpu.get(NT_PRSTATUS) if view.cpu else b""
     if len(registers) != USER_REGS:
@@ -67,18 +96,18 @@ def _prstatus(task: Task, view: ThreadView) -> bytes:
         )
     has_float = bool(view.cpu and view.cpu.get(NT_PRFPREG))
     return PRSTATUS.pack(
-        0, 0, 0, 0, thread.pending, thread.sigmask, thread.tid, task.ppid, task.pgid, task.sid,
+        0, 0, 0, 0, thread.pending, thread.sigmask, thread.ns_tid or thread.tid, *ids[1:],
         registers, has_float,
     )  # fmt: skip
 
 
-def _prpsinfo(task: Task) -> bytes:
+def _prpsinfo(task: Task, ids: Ids) -> bytes:
     state = max(STATES.find(task.state), 0)
-    arguments = task.cmdline.rstrip(b"\0").replace(b"\0", b" ")[:79]
+    arguments = task.cmdline[:79].replace(b"\0", b" ")
     name = task.comm.encode("utf-8", "surrogateescape")[:15]
     return PRPSINFO.pack(
         state, ord(STATES[state]), task.state == "Z", 0, 0, task.uid[0], task.gid[0],
-        task.pid, task.ppid, task.pgid, task.sid, name, arguments,
+        *ids, name, arguments,
     )  # fmt: skip
 
 
@@ -89,5 +118,10 @@ def _file_note(epoch: Epoch, task: TaskView) -> bytes:
         file = epoch.files.get(vma.file)
         if file:
             rows.append(struct.pack("<QQQ", vma.start, vma.end, vma.pgoff // PAGE_SIZE))
-            names.append(file.path.encode("utf-8", "surrogateescape") + b"\0")
+            names.append(_name(file).encode("utf-8", "surrogateescape") + b"\0")
     return struct.pack("<QQ", len(rows), PAGE_SIZE) + b"".join(rows) + b"".join(names)
+
+
+def _name(file: FileInfo) -> str:
+    """As the kernel puts it, so that nobody takes another file of that name for this one."""
+    return f"{file.path} (deleted)" if file.flags & FileFlag.DELETED else file.path

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import NamedTuple
 
 from crtrace.errors import CrtraceError, UsageError
+from crtrace.export.elfhead import elf_head
 from crtrace.export.notes import core_notes
 from crtrace.export.sparsefile import SparseFile, sparse_file
 from crtrace.image.epoch import Epoch, TaskView
-from crtrace.image.resolve import Run, Source
+from crtrace.image.resolve import UNKNOWN_WHEN_ABSENT, Source
 from crtrace.image.tables import Vma, VmaFlag
 from crtrace.units import PAGE_SIZE
 
@@ -31,31 +33,46 @@ allow: address sanitizers reserve terabytes."""
 
 
 class Segment(NamedTuple):
-    """One PT_LOAD: ``[start, end)`` of a mapping, with bytes in the file or without."""
+    """One PT_LOAD: ``[start, end)`` of a mapping, with bytes in the file or without.
+
+    ``head``: its first page, where that is not from the chain but from an ELF file.
+    """
 
     vma: Vma
     start: int
     end: int
     stored: bool
+    head: bytes = b""
+
+
+class Part(NamedTuple):
+    """Neighbouring pages of a mapping, ``[start, end)``, with contents from the same source."""
+
+    vma: Vma
+    start: int
+    end: int
+    source: Source
 
 
 def export_core(epoch: Epoch, path: str | os.PathLike[str], *, pid: int | None = None) -> int:
     """Write the core of one task (by default the first); the number of segments.
 
     The file is sparse, mode 0600, and appears when it is complete. Pages of mapped files that the
-    chain does not keep have no bytes in it; debuggers take them from the files. Raises
-    ``UsageError`` for a task that is not there, ``CrtraceError`` for one without memory.
+    chain does not keep have no bytes in it; debuggers take them from the files, which they find
+    by the first pages of ELF files (``elf_head``). Raises ``UsageError`` for a task that is not
+    there, ``CrtraceError`` for one without memory.
     """
     task = find_task(epoch, pid)
     if epoch.arch and epoch.arch.machine != "x86_64":
         raise CrtraceError(f"cores of {epoch.arch.machine} cannot be written")
     notes = core_notes(epoch, task)
-    segments = [segment for vma in task.vmas for segment in _segments(epoch, task, vma)]
+    segments = list(_segments(epoch, task))
     with sparse_file(path) as out:
         _write_head(out, notes, segments)
         end = _data_start(notes, segments)
         for segment in segments:
             if segment.stored:
+                out.write(segment.head, end)
                 _write_contents(out, epoch, task, segment, end)
                 end += segment.end - segment.start
         out.truncate(end)
@@ -78,32 +95,70 @@ def find_task(epoch: Epoch, pid: int | None) -> TaskView:
     raise UsageError(f"the epoch does not have {wanted}; it has: {known}")
 
 
-def _segments(epoch: Epoch, task: TaskView, vma: Vma) -> Iterator[Segment]:
-    """A mapping as segments, split where bytes begin or end.
+def _segments(epoch: Epoch, task: TaskView) -> Iterator[Segment]:
+    """The mappings as segments, split where bytes begin or end.
 
     Pages that could not be read are in none: debuggers take a segment without bytes, if they find
     no file for it, for zeros, and that would be a lie.
     """
     held: Segment | None = None
-    for run in epoch.memory_runs(task, vma):
-        if run.source is Source.UNREADABLE:
-            continue
-        end, stored = run.addr + run.npages * PAGE_SIZE, _has_bytes(vma, run)
-        if held and held.stored == stored and held.end == run.addr:
-            held = held._replace(end=end)
+    for part in _with_heads(epoch, _parts(epoch, task)):
+        if held and (held.vma, held.end, held.stored) == (part.vma, part.start, part.stored):
+            held = held._replace(end=part.end)
             continue
         if held:
             yield held
-        held = Segment(vma, run.addr, end, stored)
+        held = part
     if held:
         yield held
 
 
-def _has_bytes(vma: Vma, run: Run) -> bool:
-    if run.source is Source.ZERO:
+def _with_heads(epoch: Epoch, parts: Iterable[Part]) -> Iterator[Segment]:
+    """Segments, some of which could be one; the first page of an ELF file is by itself."""
+    for vma, start, end, source in parts:
+        if source is Source.UNREADABLE:
+            continue
+        rest = start
+        if source is Source.FILE and start == vma.start and not vma.pgoff:
+            head = elf_head(epoch.files.get(vma.file)) if vma.flags & VmaFlag.READ else b""
+            if head:
+                rest += PAGE_SIZE
+                yield Segment(vma, start, rest, True, head)
+        if rest < end:
+            yield Segment(vma, rest, end, _has_bytes(vma, source, end - rest))
+
+
+def _parts(epoch: Epoch, task: TaskView) -> Iterator[Part]:
+    """All mappings from start to end.
+
+    Those to which the same rule applies are looked up at once, gaps between them included, since
+    to look up each takes too long where there are tens of thousands.
+    """
+    for _, group in groupby(task.vmas, _rule):
+        vmas = list(group)
+        at = 0
+        for run in epoch.memory_runs(task, replace(vmas[0], end=vmas[-1].end)):
+            end = run.addr + run.npages * PAGE_SIZE
+            while at < len(vmas) and vmas[at].start < end:
+                vma = vmas[at]
+                yield Part(vma, max(vma.start, run.addr), min(vma.end, end), run.source)
+                if vma.end > end:
+                    break
+                at += 1
+
+
+def _rule(vma: Vma) -> tuple[int, ...]:
+    """What, besides its address, decides where a page of a mapping comes from."""
+    if vma.object_space:
+        return vma.object_space, vma.pgoff - vma.start, vma.flags & VmaFlag.FILE_BEHIND
+    return 0, vma.kind in UNKNOWN_WHEN_ABSENT, vma.file != 0
+
+
+def _has_bytes(vma: Vma, source: Source, size: int) -> bool:
+    if source is Source.ZERO:
         accessible = vma.flags & (VmaFlag.READ | VmaFlag.WRITE | VmaFlag.EXEC)
-        return bool(accessible) and run.npages * PAGE_SIZE <= MAX_ZEROS
-    return run.source in (Source.STORED, Source.OBJECT)
+        return bool(accessible) and size <= MAX_ZEROS
+    return source in (Source.STORED, Source.OBJECT)
 
 
 def _data_start(notes: bytes, segments: list[Segment]) -> int:
@@ -134,7 +189,7 @@ def _write_head(out: SparseFile, notes: bytes, segments: list[Segment]) -> None:
 
 
 def _program_headers(segments: list[Segment], offset: int) -> Iterator[bytes]:
-    for vma, start, end, stored in segments:
+    for vma, start, end, stored, _ in segments:
         size = end - start
         bits = ((VmaFlag.READ, 4), (VmaFlag.WRITE, 2), (VmaFlag.EXEC, 1))
         flags = sum(bit for flag, bit in bits if vma.flags & flag)

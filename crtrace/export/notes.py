@@ -21,6 +21,9 @@ PRPSINFO = struct.Struct("<bbbbxxxxQIIiiii16s80s")
 STATES = "RSDTZW"
 USER_REGS = 27 * 8
 SIGINFO_SIZE = 128
+FXSAVE_USED = 464
+"""Bytes of the floating-point registers. In what follows, the extended state says which parts it
+has; where these registers are by themselves, the kernel has zeros there."""
 
 
 class Ids(NamedTuple):
@@ -75,10 +78,10 @@ def _process(epoch: Epoch, task: TaskView, ids: Ids) -> Iterator[bytes]:
 
 
 def _float_notes(view: ThreadView) -> Iterator[bytes]:
-    for kind, name in ((NT_PRFPREG, b"CORE"), (NT_X86_XSTATE, b"LINUX")):
-        data = view.cpu.get(kind) if view.cpu else b""
-        if data:
-            yield _note(kind, data, name)
+    if view.cpu and (data := view.cpu.get(NT_PRFPREG)):
+        yield _note(NT_PRFPREG, data[:FXSAVE_USED].ljust(len(data), b"\0"))
+    if view.cpu and (data := view.cpu.get(NT_X86_XSTATE)):
+        yield _note(NT_X86_XSTATE, data, b"LINUX")
 
 
 def _note(kind: int, data: bytes, name: bytes = b"CORE") -> bytes:

@@ -9,6 +9,7 @@ import shutil
 import stat
 import struct
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,6 +217,27 @@ def test_gdb_takes_pages_that_are_not_kept_from_the_file(tmp_path: Path) -> None
     assert re.search(r"0x401000:\s+0x0{14}65", first)
     assert re.search(r"0x403000:\s+0x0{15}3", changed)
     assert re.search(r"0x404000:\s+0x0{14}68", after)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_first_page_of_an_unchanged_elf_file_is_there(tmp_path: Path, kept: bool) -> None:
+    library, head = tmp_path / "lib", b"\x7fELF".ljust(PAGE_SIZE, b"h")
+    library.write_bytes(head + bytes(PAGE_SIZE))
+    about = library.stat()
+    if not kept:
+        os.utime(library, ns=(0, about.st_mtime_ns + 1))
+    vma = replace(TEXT, pgoff=0)
+    info = FileInfo(id=1, path=str(library), size=about.st_size, mtime_ns=about.st_mtime_ns)
+    write_epoch(tmp_path / "chain", (vma,), files=(info,))
+    export(tmp_path / "chain", tmp_path / "core")
+    found = [(start // PAGE_SIZE, held // PAGE_SIZE) for start, _, held, _ in
+             segments(tmp_path / "core")]  # fmt: skip
+    if kept:
+        assert found == [(0x401, 1), (0x402, 0), (0x403, 1), (0x404, 0)]
+        offset = segments(tmp_path / "core")[0][3]
+        assert (tmp_path / "core").read_bytes()[offset : offset + PAGE_SIZE] == head
+    else:
+        assert found == [(0x401, 0), (0x403, 1), (0x404, 0)]
 
 
 @readelf

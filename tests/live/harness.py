@@ -31,8 +31,10 @@ from crtrace.units import PAGE_SIZE, U64
 
 SOURCES = Path(__file__).resolve().parents[1] / "targets"
 BUILD = SOURCES / "build"
-CFLAGS = ["-std=gnu11", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
-OWN_CFLAGS = {"threads": ["-O0"]}  # a debugger must find every local
+COMPILERS = {".c": ["gcc", "-std=gnu11"], ".cc": ["g++", "-std=gnu++17"]}
+CFLAGS = ["-O1", "-g", "-Wall", "-Wextra", "-Werror", "-pthread"]
+# A debugger must find every local, and every frame.
+OWN_CFLAGS = {"threads": ["-O0"], "crowd": ["-O0"]}
 # The kernel stores the CPU number in a thread's rseq area whenever it resumes it.
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.pthread.rseq=0"}
 
@@ -41,16 +43,16 @@ MemoryReader = Callable[[int, int], bytes]
 
 
 def compile_target(name: str) -> Path:
-    """The program of ``tests/targets/NAME.c``, built if the sources are newer."""
-    source, program = SOURCES / f"{name}.c", BUILD / name
+    """The program of ``tests/targets/NAME.c`` or ``.cc``, built if the sources are newer."""
+    (source,), program = SOURCES.glob(f"{name}.c*"), BUILD / name
     newest = max(path.stat().st_mtime for path in (source, *SOURCES.glob("*.h")))
     if program.exists() and program.stat().st_mtime > newest:
         return program
     BUILD.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=BUILD) as scratch:
         built = Path(scratch) / name
-        flags = CFLAGS + OWN_CFLAGS.get(name, [])
-        subprocess.run(["gcc", *flags, "-o", built, source], check=True)
+        command = COMPILERS[source.suffix] + CFLAGS + OWN_CFLAGS.get(name, [])
+        subprocess.run([*command, "-o", built, source], check=True)
         built.replace(program)  # whole or not at all, also for tests that run in parallel
     return program
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from itertools import count
 from typing import Any
 
 from crtrace.errors import CrtraceError
@@ -20,14 +22,22 @@ from crtrace.image.tables import (
 )
 from crtrace.units import PAGE_SIZE
 
+Progress = Callable[[int, int], None]
+"""Called with how many are done, and of how many."""
 
-def list_epochs(chain: Chain) -> list[dict[str, Any]]:
+
+def list_epochs(chain: Chain, progress: Progress | None = None) -> list[dict[str, Any]]:
     """One dict an epoch, ascending: what the index has, reason and pause.
 
     An image that cannot be read does not end the list: its dict says why under ``damage``, and
     its ``reason`` and ``pause_us`` are None, as they are where they were not recorded.
     """
-    return [_list_one(chain, entry) for entry in chain.entries]
+    rows = []
+    for entry in chain.entries:
+        rows.append(_list_one(chain, entry))
+        if progress:
+            progress(len(rows), len(chain.entries))
+    return rows
 
 
 def _list_one(chain: Chain, entry: IndexEntry) -> dict[str, Any]:
@@ -42,9 +52,17 @@ def _list_one(chain: Chain, entry: IndexEntry) -> dict[str, Any]:
     return row
 
 
-def show(epoch: Epoch) -> dict[str, Any]:
-    """Everything about an epoch but the contents of its pages."""
+def show(epoch: Epoch, progress: Progress | None = None) -> dict[str, Any]:
+    """Everything about an epoch but the contents of its pages. Progress is in mappings."""
     header, arch = epoch.header, epoch.arch
+    total, done = sum(len(task.vmas) for task in epoch.tasks), count(1)
+
+    def described(task: TaskView, vma: Vma) -> dict[str, Any]:
+        row = _vma(epoch, task, vma)
+        if progress:
+            progress(next(done), total)
+        return row
+
     return {
         **field_dict(epoch.image.entry),
         "reason": header.reason,
@@ -56,14 +74,17 @@ def show(epoch: Epoch) -> dict[str, Any]:
         "armer": header.armer,
         "machine": arch.machine if arch else None,
         "images_needed": len(epoch.lineage),
-        "tasks": [_task(epoch, task) for task in epoch.tasks],
+        "tasks": [
+            _task(task) | {"vmas": [described(task, vma) for vma in task.vmas]}
+            for task in epoch.tasks
+        ],
         "files": [_file(file) for file in epoch.files.values()],
         "stats": epoch.stats,
         "losses": [_loss(loss) for loss in epoch.losses()],
     }
 
 
-def _task(epoch: Epoch, view: TaskView) -> dict[str, Any]:
+def _task(view: TaskView) -> dict[str, Any]:
     task = view.task
     return {
         "pid": task.pid,
@@ -85,7 +106,6 @@ def _task(epoch: Epoch, view: TaskView) -> dict[str, Any]:
         "exit_status": task.exit_status,
         "space": view.mm.space if view.mm else None,
         "threads": [_thread(thread) for thread in view.threads],
-        "vmas": [_vma(epoch, view, vma) for vma in view.vmas],
     }
 
 
@@ -104,19 +124,24 @@ def _thread(view: ThreadView) -> dict[str, Any]:
 
 
 def _vma(epoch: Epoch, task: TaskView, vma: Vma) -> dict[str, Any]:
-    held: Counter[Source] = Counter()
-    for run in epoch.memory_runs(task, vma):
-        held[run.source] += run.npages * PAGE_SIZE
     return {
         "start": vma.start,
         "end": vma.end,
         "perms": vma.perms,
         "offset": vma.pgoff,
-        "kind": _name(VmaKind, vma.kind),
+        "kind": value_name(VmaKind, vma.kind),
         "name": vma.name,
         "file": vma.file or None,
-        "bytes": {source.value: held[source] for source in Source if source is not Source.LOST},
+        "bytes": held_bytes(epoch, task, vma),
     }
+
+
+def held_bytes(epoch: Epoch, task: TaskView, vma: Vma) -> dict[str, int]:
+    """How many bytes of a mapping come from where."""
+    held: Counter[Source] = Counter()
+    for run in epoch.memory_runs(task, vma):
+        held[run.source] += run.npages * PAGE_SIZE
+    return {source.value: held[source] for source in Source if source is not Source.LOST}
 
 
 def _file(file: FileInfo) -> dict[str, Any]:
@@ -139,10 +164,10 @@ def _loss(loss: UnreadableRange) -> dict[str, Any]:
         "start": loss.first * PAGE_SIZE,
         "end": (loss.first + loss.count) * PAGE_SIZE,
         "errno": loss.errno,
-        "reason": _name(UnreadableReason, loss.reason),
+        "reason": value_name(UnreadableReason, loss.reason),
     }
 
 
-def _name(kind: type[VmaKind] | type[UnreadableReason], value: int) -> str:
+def value_name(kind: type[VmaKind] | type[UnreadableReason], value: int) -> str:
     """The name of a value, or its number when a later writer made it up."""
     return next((member.name.lower() for member in kind if member == value), str(value))

@@ -9,7 +9,7 @@ import sys
 import click
 
 from crtrace import __version__
-from crtrace.cli import check, demo, dump, export, listing, show, verify, watch
+from crtrace.cli import check, demo, diff, dump, export, listing, show, verify, watch
 from crtrace.cli.output import Failure, explain
 
 
@@ -19,13 +19,13 @@ def cli() -> None:
     """Follow a live process and keep incremental, consistent images of its memory and state.
 
     A chain is a directory with one image for each epoch. `crtrace watch PID` writes one; list,
-    show, verify and export read it, on any machine and without privileges.
+    show, diff, verify and export read it, on any machine and without privileges.
     """
 
 
 for command in (
-    check.check, watch.watch, dump.dump, listing.list_, show.show, verify.verify, export.export,
-    demo.demo,
+    check.check, watch.watch, dump.dump, listing.list_, show.show, diff.diff, verify.verify,
+    export.export, demo.demo,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -28,8 +28,18 @@ class Failure(Exception):
 
 def emit(value: dict[str, Any]) -> None:
     """One JSON object on one line of stdout, at once: others may be waiting for it."""
-    click.echo(json.dumps({"schema_version": SCHEMA_VERSION, **value}, separators=(",", ":")))
+    click.echo(dumps({"schema_version": SCHEMA_VERSION, **value}))
     sys.stdout.flush()
+
+
+def dumps(value: Any) -> str:
+    """JSON without spaces."""
+    return json.dumps(value, separators=(",", ":"))
+
+
+def begun(fields: dict[str, Any], key: str) -> str:
+    """The beginning of a JSON object whose last field, a list, is still to be written."""
+    return f'{dumps(fields)[:-1]},"{key}":['
 
 
 def note(text: str, **style: Any) -> None:

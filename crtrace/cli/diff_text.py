@@ -99,7 +99,7 @@ def _mapping_text(mapping: MappingDiff, totals: list[int]) -> Iterator[str]:
     facts = [*_change_text(mapping), *_pages_text(mapping)]
     if facts:
         vma = mapping.mapping.vma
-        yield f"  {_range(vma)}  {vma.perms}  {printable(vma.name)}: {'; '.join(facts)}\n"
+        yield f"  {_range(vma)}  {vma.perms}  {_name(vma)}: {'; '.join(facts)}\n"
     for start, end in ranges:
         place = f"{start * PAGE_SIZE:x}-{end * PAGE_SIZE:x}"
         yield f"      {place}  {_count(end - start, 'page')}\n"
@@ -111,11 +111,15 @@ def _range(vma: Vma) -> str:
     return f"{vma.start:x}-{vma.end:x}"
 
 
+def _name(vma: Vma) -> str:
+    return printable(vma.name) or "anonymous"
+
+
 def _change_text(mapping: MappingDiff) -> Iterator[str]:
     """What happened to the mapping itself."""
     about = mapping.mapping
     if about.change != "kept":
-        before = ", ".join(f"{_range(vma)} {printable(vma.name)}".strip() for vma in about.before)
+        before = ", ".join(f"{_range(vma)} {_name(vma)}" for vma in about.before)
         whole = about.before == [about.vma] or not before
         yield about.change if whole else f"{about.change}, before: {before}"
     if protection := about.protection_before:
@@ -150,7 +154,7 @@ def changed_bytes(diff: Diff) -> Iterator[str]:
     for process in diff.processes():
         yield f"{paint(_process_text(process), bold=True)}\n"
         for mapping in process.mappings():
-            heading = f"{_range(mapping.mapping.vma)}  {printable(mapping.mapping.vma.name)}\n"
+            heading = f"{_range(mapping.mapping.vma)}  {_name(mapping.mapping.vma)}\n"
             for part in contents(diff, process, mapping):
                 if part.old is None or part.new is None:
                     side = "before" if part.old is None else "now"

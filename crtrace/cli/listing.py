@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from crtrace.cli.options import chain_argument
-from crtrace.cli.output import emit, json_option, milliseconds, print_table
+from crtrace.cli.output import Bar, emit, json_option, milliseconds, print_table
 from crtrace.units import human_bytes
 
 
@@ -20,8 +20,10 @@ def list_(chain: Path, as_json: bool) -> None:
     from crtrace.analyze.summary import list_epochs
     from crtrace.image.reader import Chain
 
+    bar = Bar("reading")
     with Chain.open(chain) as opened:
-        epochs = list_epochs(opened)
+        epochs = list_epochs(opened, bar.update)
+    bar.clear()
     if as_json:
         emit({"chain": str(chain), "epochs": epochs})
         return

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import click
 
 from crtrace.cli.options import chain_argument, epoch_option
-from crtrace.cli.output import emit, json_option, milliseconds, paint, print_table, printable
+from crtrace.cli.output import (
+    Bar,
+    emit,
+    json_option,
+    milliseconds,
+    paint,
+    print_table,
+    printable,
+)
 from crtrace.units import human_bytes
 
 
@@ -21,8 +32,10 @@ def show(chain: Path, epoch: int, as_json: bool) -> None:
     from crtrace.analyze.summary import show as summarise
     from crtrace.image.reader import Chain
 
+    bar = Bar("reading")
     with Chain.open(chain) as opened:
-        facts = summarise(opened.epoch(epoch))
+        facts = summarise(opened.epoch(epoch), bar.update)
+    bar.clear()
     if as_json:
         emit(facts)
         return
@@ -33,6 +46,7 @@ def show(chain: Path, epoch: int, as_json: bool) -> None:
     )
     for task in facts["tasks"]:
         _print_task(task)
+    _print_files(facts["files"])
     limits = facts["stats"].pop("limits", [])
     _print_stats(facts["stats"])
     if limits:
@@ -48,29 +62,58 @@ def _heading(text: str) -> None:
 
 
 def _print_task(task: dict[str, Any]) -> None:
-    _heading(f"process {task['pid']} {printable(task['comm'])}")
+    _heading(f"process {task['pid']} {printable(task['comm'])}, child of {task['ppid']}")
+    if task["space"] is None:
+        status = task["exit_status"]
+        click.echo("without memory" if status < 0 else f"ended, wait status {status}")
+        return
     click.echo(printable(" ".join(task["cmdline"])))
     print_table(
         (("thread", ">"), ("name", "<"), ("system call", ">"), ("blocked signals", ">")),
         ((t["tid"], t["comm"], t["syscall"], f"{t['sigmask']:#x}") for t in task["threads"]),
     )
+    _print_map(task["vmas"])
+
+
+def _print_map(vmas: list[dict[str, Any]]) -> None:
+    """The mappings, with a column for each source that any of them has bytes from."""
     _heading("memory map: bytes, and where they come from")
-    sources = list(next(iter(task["vmas"]), {"bytes": {}})["bytes"])
-    columns = (
-        ("range", "<"), ("prot", "<"), *((name, ">") for name in sources), ("mapping", "<"),
-    )  # fmt: skip
-    print_table(
-        columns,
+    total: Counter[str] = Counter()
+    for vma in vmas:
+        total.update({"size": vma["end"] - vma["start"], **vma["bytes"]})
+    names = [name for name, size in total.items() if size]
+    rows = [
         (
+            f"{v['start']:x}-{v['end']:x}", v["perms"],
+            *_sizes({"size": v["end"] - v["start"], **v["bytes"]}, names), v["name"],
+        )
+        for v in vmas
+    ]  # fmt: skip
+    rows.append(("all", "", *_sizes(total, names), ""))
+    columns = (("range", "<"), ("prot", "<"), *((name, ">") for name in names), ("mapping", "<"))
+    print_table(columns, rows)
+
+
+def _sizes(sizes: Mapping[str, int], names: list[str]) -> list[str]:
+    return [human_bytes(sizes[name]) if sizes[name] else "" for name in names]
+
+
+def _print_files(files: list[dict[str, Any]]) -> None:
+    if files:
+        _heading("files")
+        print_table(
+            (("size", ">"), ("written", "<"), ("kept", "<"), ("what", "<"), ("path", "<")),
             (
-                f"{v['start']:x}-{v['end']:x}",
-                v["perms"],
-                *(human_bytes(v["bytes"][name]) if v["bytes"][name] else "" for name in sources),
-                v["name"],
-            )
-            for v in task["vmas"]
-        ),
-    )
+                (
+                    human_bytes(file["size"]),
+                    datetime.fromtimestamp(file["mtime_ns"] // 10**9).isoformat(" "),
+                    "yes" if file["kept"] else "no",
+                    ", ".join(file["flags"]),
+                    file["path"],
+                )
+                for file in files
+            ),
+        )
 
 
 def _print_stats(stats: dict[str, Any]) -> None:

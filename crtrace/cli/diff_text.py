@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import datetime
 from typing import Any
 
 from crtrace.analyze.diff import Diff, MappingDiff, ProcessDiff, contents
 from crtrace.analyze.pagediff import Verdict, changed_ranges
 from crtrace.cli.hexview import colours, hex_lines
-from crtrace.cli.output import paint, printable
+from crtrace.cli.output import clock, paint, printable
 from crtrace.image.epoch import Epoch
 from crtrace.image.tables import Vma
 from crtrace.units import PAGE_SIZE, human_bytes
@@ -37,8 +36,7 @@ def summary(diff: Diff) -> Iterator[str]:
 
 
 def _epoch_text(epoch: Epoch) -> str:
-    when = datetime.fromtimestamp(epoch.header.wall_ns / 1e9).isoformat(" ", "milliseconds")
-    return f"epoch {epoch.header.epoch} ({when})"
+    return f"epoch {epoch.header.epoch} ({clock(epoch.header.wall_ns, 'milliseconds')})"
 
 
 def _count(number: int, thing: str) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 
 import click
 
 from crtrace.cli.options import chain_argument
-from crtrace.cli.output import Bar, emit, json_option, milliseconds, print_table
+from crtrace.cli.output import Bar, clock, emit, json_option, milliseconds, print_table
 from crtrace.units import human_bytes
 
 
@@ -34,7 +33,7 @@ def list_(chain: Path, as_json: bool) -> None:
     rows = (
         (
             e["epoch"],
-            datetime.fromtimestamp(e["wall_ns"] / 1e9).isoformat(" ", "milliseconds"),
+            clock(e["wall_ns"], "milliseconds"),
             "full" if e["full"] else "+",
             e["reason"] or "",
             e["pages_written"],

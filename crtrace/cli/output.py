@@ -7,6 +7,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from datetime import datetime
 from typing import Any
 
 import click
@@ -99,6 +100,14 @@ def print_table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[Any]
 def milliseconds(us: float | None) -> str:
     """Microseconds as milliseconds, for people."""
     return "–" if us is None else f"{us / 1000:.2f} ms"
+
+
+def clock(ns: int, precision: str = "seconds") -> str:
+    """A time since 1970 as local time, for people."""
+    try:
+        return datetime.fromtimestamp(ns / 1e9).isoformat(" ", precision)
+    except (ValueError, OverflowError, OSError):
+        return f"{ns} ns"  # no clock ever said that
 
 
 class Bar:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import click
 from crtrace.cli.options import chain_argument, epoch_option
 from crtrace.cli.output import (
     Bar,
+    clock,
     emit,
     json_option,
     milliseconds,
@@ -106,7 +106,7 @@ def _print_files(files: list[dict[str, Any]]) -> None:
             (
                 (
                     human_bytes(file["size"]),
-                    datetime.fromtimestamp(file["mtime_ns"] // 10**9).isoformat(" "),
+                    clock(file["mtime_ns"]),
                     "yes" if file["kept"] else "no",
                     ", ".join(file["flags"]),
                     file["path"],

@@ -152,7 +152,8 @@ def changed_bytes(diff: Diff) -> Iterator[str]:
     for process in diff.processes():
         yield f"{paint(_process_text(process), bold=True)}\n"
         for mapping in process.mappings():
-            heading = f"{_range(mapping.mapping.vma)}  {_name(mapping.mapping.vma)}\n"
+            vma = mapping.mapping.vma
+            heading = f"{_range(vma)}  {vma.perms}  {_name(vma)}\n"
             for part in contents(diff, process, mapping):
                 if part.old is None or part.new is None:
                     side = "before" if part.old is None else "now"

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from crtrace.image.reader import Chain
+from crtrace.units import human_bytes
 from tests.live.exactness import reader
 from tests.live.harness import Target, Untouched, read_mem, status, stopped
 from tests.live.runner import (
@@ -276,11 +277,13 @@ def test_a_reader_that_has_seen_enough_ends_watch_in_peace(spawn: Spawn, chain: 
     assert verified(chain)[:2] == [0, 1]
 
 
-@pytest.mark.parametrize("command", ["list", "show", "verify"])
+@pytest.mark.parametrize("command", ["list", "show", "verify", "diff", "diff --pages"])
 def test_a_reader_that_has_seen_enough_ends_reading_commands_in_peace(
     written: tuple[Path, list[Event]], command: str
 ) -> None:
-    line, code, errors = first_line_of(command, written[0])
+    verb, *options = command.split()
+    epochs = (0, 2) if verb == "diff" else ()
+    line, code, errors = first_line_of(verb, written[0], *epochs, *options)
     assert line
     assert (code, errors) == (0, "")
 
@@ -354,6 +357,12 @@ def test_show_describes_the_process(written: tuple[Path, list[Event]]) -> None:
     assert f"process {task['pid']} writer" in text
     for thread in task["threads"]:
         assert f"{thread['tid']}  writer" in text
+    rows = [line.split() for line in text.splitlines()]
+    for vma in task["vmas"]:
+        place, size = f"{vma['start']:x}-{vma['end']:x}", human_bytes(vma["end"] - vma["start"])
+        assert [row[1:4] for row in rows if row[:1] == [place]] == [[vma["perms"], *size.split()]]
+    for file in facts["files"]:
+        assert any(row[-1:] == [file["path"]] and "no" in row for row in rows)
 
 
 def test_epochs_can_be_counted_from_the_end(written: tuple[Path, list[Event]]) -> None:
@@ -405,6 +414,8 @@ READERS = [
     ("list",),
     ("show",),
     ("verify",),
+    ("diff", "-2", "-1"),
+    ("diff", "-2", "-1", "--pages"),
     ("export", "-o", "core"),
     ("export", "--format", "raw", "-o", "raw"),
 ]
@@ -450,7 +461,7 @@ def test_reading_needs_neither_privileges_nor_the_machinery_of_watching(
 
 def test_help_needs_no_privileges_and_none_of_the_machinery() -> None:
     result = run("--help", before=as_nobody(), env=SHOW_IMPORTS).expect(0)
-    for command in ("check", "watch", "dump", "list", "show", "verify", "export", "demo"):
+    for command in ("check", "watch", "dump", "list", "show", "diff", "verify", "export", "demo"):
         assert f"\n  {command} " in result.stdout
     assert not machinery(imported_by(result))
 

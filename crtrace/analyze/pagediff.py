@@ -26,8 +26,8 @@ END = 1 << 53
 KEPT_RUNS = 1 << 19
 """Runs of shared objects remembered for the next process that maps them: 9 MiB."""
 
-SOURCES = tuple(Source)
-STORED, ZERO, OBJECT, FILE, UNREADABLE = (SOURCES.index(source) for source in Source)
+SOURCES = tuple(source for source in Source if source is not Source.LOST)
+STORED, ZERO, OBJECT, FILE, UNREADABLE = range(5)
 
 
 class Verdict(IntEnum):
@@ -120,8 +120,11 @@ class Cursor:
             self._rewind()
         while self._end <= page:
             rows = next(self._parts, None)
-            self._rows, self._first = rows or NO_ROWS, self._end
-            self._end = int(rows.pages[-1]) + 1 if rows else END
+            self._first = self._end
+            self._rows, self._end = NO_ROWS, END
+            if rows:
+                self._rows = IndexRows(rows.pages, rows.places, rows.hashes)
+                self._end = int(rows.pages[-1]) + 1
         return self._end
 
     def between(self, first: int, end: int) -> IndexRows:

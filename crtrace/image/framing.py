@@ -131,6 +131,9 @@ class Tail:
         )
 
 
+_NAMES = {int(kind): kind.name for kind in RecordType}
+
+
 def padding(length: int) -> int:
     """Zero bytes after a payload of ``length``."""
     return -length % 8
@@ -138,5 +141,4 @@ def padding(length: int) -> int:
 
 def type_name(number: int) -> str:
     """The name of a record type for messages."""
-    known = {int(kind): kind.name for kind in RecordType}
-    return known.get(number, f"type {number}")
+    return _NAMES.get(number, f"type {number}")

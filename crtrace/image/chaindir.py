@@ -84,11 +84,13 @@ class ChainDir:
                 os.mkdir(where, 0o700)
             except FileExistsError:
                 pass
-            else:
-                _sync_parent(where)
         directory = cls.open(where)
         try:
             directory._check_ours()
+            if INDEX_NAME not in directory.names():
+                # Also when it was there: who made it may have been killed before this.
+                with explained("making", where):
+                    _sync_parent(where)
         except BaseException:
             directory.close()
             raise
@@ -163,10 +165,13 @@ class ChainDir:
             explain(error, "removing", self.path / name)
 
     def remove_parts(self) -> None:
-        """Remove what a killed writer left unfinished."""
+        """Remove what a killed writer left unfinished, and bring to disk what it renamed."""
         for name in self.names():
             if name.endswith(PART):
                 self.remove(name)
+        with explained("writing", self.path):
+            point("fsync of the directory")
+            os.fsync(self.fd)
 
     def lock(self) -> int:
         """A descriptor that holds the chain's lock until it is closed.
@@ -192,7 +197,11 @@ class ChainDir:
 
 
 def _sync_parent(path: Path) -> None:
-    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except PermissionError:  # it need not be readable
+        os.sync()
+        return
     try:
         os.fsync(fd)
     finally:

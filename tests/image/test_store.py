@@ -405,14 +405,18 @@ def test_leftovers_of_a_killed_writer_are_removed(path: Path) -> None:
     assert len(read_all(path)) == 4
 
 
-@pytest.mark.parametrize("tail", [bytes(128), b"\x03" + bytes(127)])
-def test_a_last_entry_that_is_wrong_never_existed(path: Path, tail: bytes) -> None:
+@pytest.mark.parametrize(
+    ("tail", "cut"),
+    [(bytes(128), True), (b"\x03" + bytes(127), True), (bytes(64) + b"\x03" * 64, True),
+     (b"\x03" * 128, False)],
+)  # fmt: skip
+def test_a_last_entry_that_is_wrong_never_existed(path: Path, tail: bytes, cut: bool) -> None:
     small_chain(path)
     with (path / "chain.idx").open("ab") as index:
         index.write(tail)
     with Chain.open(path) as chain:
         assert len(chain.entries) == 3
-        assert [fault.harmless for fault in chain.index.faults] == [not any(tail)]
+        assert [fault.harmless for fault in chain.index.faults] == [cut]
     ChainWriter.open(path).close()
     assert (path / "chain.idx").stat().st_size == 4 * 128
 
@@ -495,6 +499,27 @@ def test_a_directory_that_others_may_write_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(UsageError, match="other users"):
         ChainWriter.open(tmp_path, create=True)
+
+
+def test_the_directory_above_need_not_be_readable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = os.geteuid() or 65534
+    above = tmp_path / "above"
+    above.mkdir()
+    if nobody != os.geteuid():
+        os.chown(above, nobody, nobody)
+    above.chmod(0o300)
+    tmp_path.chmod(0o711)
+    monkeypatch.chdir(tmp_path)  # so that nothing further above is looked at
+    before = os.geteuid()
+    os.seteuid(nobody)
+    try:
+        small_chain(Path("above/chain"))
+    finally:
+        os.seteuid(before)
+        above.chmod(0o700)
+    assert len(read_all(above / "chain")) == 3
 
 
 def test_no_directory_is_no_chain(tmp_path: Path) -> None:

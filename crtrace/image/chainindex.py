@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from xxhash import xxh3_64_intdigest
 
-from crtrace.errors import FormatTooNew, ImageDamaged
+from crtrace.errors import CrtraceError, FormatTooNew, ImageDamaged
 from crtrace.faults import point
 from crtrace.image.chaindir import INDEX_NAME, PART, ChainDir, explained, image_name
 from crtrace.image.framing import MAJOR, MINOR
@@ -159,15 +159,23 @@ def _parse(data: bytes, chain_id: bytes) -> tuple[list[IndexEntry], list[Fault],
         entry = IndexEntry.unpack(data[offset : offset + ENTRY_SIZE], chain_id)
         message = _wrong(entry, entries)
         if entry is None or message:
-            blank = not any(data[offset : offset + ENTRY_SIZE])
+            torn = _torn(data[offset : offset + ENTRY_SIZE])
             last = offset + ENTRY_SIZE == whole
-            faults.append(Fault(offset, message, blank and last))
+            faults.append(Fault(offset, message, torn and last))
         else:
             entries.append(entry)
             end = offset + ENTRY_SIZE
     if whole < len(data):
         faults.append(Fault(whole, f"{len(data) - whole} bytes of an entry cut short", True))
     return entries, faults, end
+
+
+def _torn(data: bytes) -> bool:
+    """Whether the file grew for the entry, and only a part of it, or nothing, was written.
+
+    The checksum of a whole entry may be zero as well, once in 2^64 times.
+    """
+    return not any(data[: ENTRY_SIZE // 2]) or not any(data[-SUM.size :])
 
 
 def _wrong(entry: IndexEntry | None, before: list[IndexEntry]) -> str:
@@ -182,6 +190,10 @@ def _wrong(entry: IndexEntry | None, before: list[IndexEntry]) -> str:
     return ""
 
 
+class EntryMayExist(CrtraceError):
+    """An entry could neither be brought to disk nor be taken back: its image has to stay."""
+
+
 class IndexFile:
     """``chain.idx`` open for appending."""
 
@@ -192,8 +204,9 @@ class IndexFile:
         self._fd = directory.open_file(INDEX_NAME, os.O_RDWR)
         try:
             with explained("writing", self._path):
-                # What follows the last whole entry never existed: FORMAT.md, "chain.idx".
-                os.ftruncate(self._fd, self._end)
+                # What follows the last whole entry never existed: FORMAT.md, "chain.idx". And a
+                # killed writer may not have come to sync that entry: not after the next one.
+                self._cut()
         except BaseException:
             os.close(self._fd)
             raise
@@ -209,9 +222,24 @@ class IndexFile:
                 point("fdatasync of the index")
                 os.fdatasync(self._fd)
             except BaseException:
-                os.ftruncate(self._fd, self._end)
+                self._take_back(entry)
                 raise
         self._end += len(data)
+
+    def _take_back(self, entry: IndexEntry) -> None:
+        try:
+            self._cut()
+        except OSError as error:
+            raise EntryMayExist(
+                f"{self._path} cannot be written any more ({error.strerror}): epoch {entry.epoch} "
+                "may exist all the same",
+                hint="the chain is whole with it and without it; see the kernel log",
+            ) from error
+
+    def _cut(self) -> None:
+        """Take back what follows the entries: on disk too, before the image it names is removed."""
+        os.ftruncate(self._fd, self._end)
+        os.fdatasync(self._fd)
 
     def close(self) -> None:
         """Close the file."""
@@ -226,7 +254,8 @@ def create_index(directory: ChainDir, chain_id: bytes, created_ns: int) -> None:
     try:
         with explained("writing", directory.path / INDEX_NAME):
             point("pwrite of the index")
-            os.pwrite(fd, pack_header(chain_id, created_ns), 0)
+            if os.pwrite(fd, pack_header(chain_id, created_ns), 0) != ENTRY_SIZE:
+                raise OSError(28, "No space left on device")
         directory.publish(fd, INDEX_NAME)
     except BaseException:
         directory.remove(INDEX_NAME + PART)

@@ -11,7 +11,7 @@ import numpy as np
 
 from crtrace.errors import CrtraceError
 from crtrace.image.chaindir import ChainDir, image_name
-from crtrace.image.chainindex import IS_FULL, IndexEntry
+from crtrace.image.chainindex import IS_FULL, EntryMayExist, IndexEntry
 from crtrace.image.codec import ZERO_PAGE_HASH, as_bytes, compress, hash_pages
 from crtrace.image.contents import StoredContents
 from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, OPTIONAL, Part, Record, RecordType
@@ -233,6 +233,10 @@ class ImageWriter:
                 entries.number_chunks(numbers)
             entry = self._publish(settled, stats)
             self._owner.enter(entry)
+        except EntryMayExist:
+            self._open = False
+            self._file.close()
+            raise
         except BaseException:
             self.abort()
             raise

@@ -10,7 +10,7 @@ from typing import Self
 
 from crtrace.errors import CrtraceError, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, ChainDir
-from crtrace.image.chainindex import ChainIndex, IndexEntry, IndexFile, create_index
+from crtrace.image.chainindex import ChainIndex, EntryMayExist, IndexEntry, IndexFile, create_index
 from crtrace.image.framing import Part
 from crtrace.image.header import FULL, INCREMENTAL, NO_EPOCH, NO_ID, ImageHeader
 from crtrace.image.imagewriter import ImageWriter
@@ -133,7 +133,12 @@ class ChainWriter:
         """For ``ImageWriter``: make the epoch exist."""
         if self._index is None:
             raise CrtraceError(f"chain {self._directory.path} is closed")
-        self._index.append(entry)
+        try:
+            self._index.append(entry)
+        except EntryMayExist:
+            self._writing = None
+            self.close()  # opening again tells whether it does
+            raise
         self.entries.append(entry)
         self._writing = None
 

@@ -7,7 +7,7 @@ import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NoReturn, Self
 
@@ -184,16 +184,33 @@ class ChainDir:
             os.ftruncate(fd, 0)
             os.pwrite(fd, b"%d\n" % os.getpid(), 0)
         except BlockingIOError as error:
-            owner = os.pread(fd, 20, 0).decode("ascii", "replace").strip() or "unknown"
+            owner = _holder(fd)
             os.close(fd)
             raise CrtraceError(
-                f"chain {self.path} is being written by pid {owner}",
+                f"chain {self.path} is being written by {owner}",
                 hint="end that crtrace first, or write to another directory",
             ) from error
         except OSError as error:
             os.close(fd)
             explain(error, "locking", self.path / LOCK_NAME)
         return fd
+
+
+def _holder(fd: int) -> str:
+    """Who holds the lock of a file: as the kernel says, if it can, or as the file does."""
+    lock = os.fstat(fd)
+    file = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
+    with suppress(OSError), open("/proc/locks", encoding="ascii") as locks:
+        for line in locks:
+            # "1: FLOCK ADVISORY WRITE PID DEVICE:INODE 0 EOF"; PID as our PID namespace has it.
+            fields = line.split()
+            if fields[1] == "FLOCK" and fields[5] == file:
+                return f"pid {fields[4]}"
+    text = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+    if not text.isdecimal():
+        return "an unknown process"
+    elsewhere = "" if os.path.exists(f"/proc/{text}") else " of another PID namespace"
+    return f"pid {text}{elsewhere}"
 
 
 def _sync_parent(path: Path) -> None:

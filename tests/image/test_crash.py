@@ -1,4 +1,4 @@
-"""Whatever goes wrong while writing, a chain holds exactly a committed prefix."""
+"""Whatever goes wrong while writing, a chain holds exactly a committed prefix, and it goes on."""
 
 from __future__ import annotations
 
@@ -13,60 +13,44 @@ from typing import Any
 
 import pytest
 
-from crtrace.analyze.verify import verify
 from crtrace.errors import CrtraceError
-from crtrace.image.reader import Chain
 from crtrace.image.store import ChainWriter
-from tests.image.support import ZERO, epoch, noise, page, read_all
+from tests.image.history import LENGTH, assert_goes_on, commit_next, committed
+from tests.image.support import epoch, noise, read_all
 
 CALLS = (
     "pwrite", "pwritev", "fdatasync", "fsync", "rename", "open", "mkdir", "unlink", "ftruncate",
 )  # fmt: skip
-EPOCHS: list[dict[int, bytes]] = [
-    {1: page(1), 2: noise(2), 3: ZERO},
-    {1: page(4), 5: noise(5)},
-    {2: ZERO, 6: page(6)},
-]
+FAULTS = [errno.ENOSPC, errno.EIO]
+
+pytestmark = pytest.mark.usefixtures("unsynced")
 
 
-def expected_epochs() -> list[dict[int, bytes]]:
-    memory: dict[int, bytes] = {}
-    return [memory := {**memory, **pages} for pages in EPOCHS]
-
-
-EXPECTED = expected_epochs()
-
-
-def write_chain(path: Path) -> None:
+def write_chain(path: Path, length: int = LENGTH) -> None:
     with ChainWriter.open(path, create=True) as writer:
-        for pages in EPOCHS[len(writer.entries) :]:
-            epoch(writer, pages)
+        while len(writer.entries) < length:
+            commit_next(writer)
 
 
-def trip_at(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[..., Any]) -> Iterator[int]:
-    """Have the Nth file system call do ``act(call, *its arguments)``; the counter that tells."""
-    calls = count(1)
+def trip_at(
+    monkeypatch: pytest.MonkeyPatch, number: int, *acts: Callable[..., Any]
+) -> Iterator[int]:
+    """Have the Nth file system call, and those after it, do ``act(call, *its arguments)``.
+
+    Returns the counter that tells the calls.
+    """
+    calls = count()
     for name in CALLS:
         real = getattr(os, name)
 
         def call(*args: Any, real: Callable[..., Any] = real, **fields: Any) -> Any:
-            if next(calls) == number:
-                return act(real, *args, **fields)
+            at = next(calls) - number
+            if 0 <= at < len(acts):
+                return acts[at](real, *args, **fields)
             return real(*args, **fields)
 
         monkeypatch.setattr(os, name, call)
     return calls
-
-
-def committed(path: Path) -> int:
-    """How many epochs there are; they are the right ones and the rest is as if never begun."""
-    if not (path / "chain.idx").exists():
-        return 0
-    found = read_all(path)
-    assert found == EXPECTED[: len(found)]
-    with Chain.open(path) as chain:
-        assert verify(chain).ok
-    return len(found)
 
 
 def fails(error: int) -> Callable[..., Any]:
@@ -74,6 +58,26 @@ def fails(error: int) -> Callable[..., Any]:
         raise OSError(error, os.strerror(error))
 
     return act
+
+
+def cut(real: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+    """Write only the first half, or do the call if it is another."""
+    if real.__name__ == "pwritev":
+        whole = b"".join(args[1])
+        return os_pwrite(args[0], whole[: len(whole) // 2], args[2])
+    if real.__name__ == "pwrite":
+        return os_pwrite(args[0], args[1][: len(args[1]) // 2], args[2])
+    return real(*args, **fields)
+
+
+def killed(real: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+    """Die in the middle of a write, or before any other call."""
+    if real.__name__ in ("pwrite", "pwritev"):
+        cut(real, *args)
+    os._exit(9)
+
+
+os_pwrite = os.pwrite
 
 
 def outcome(act: Callable[..., object], *args: object) -> CrtraceError | None:
@@ -85,65 +89,114 @@ def outcome(act: Callable[..., object], *args: object) -> CrtraceError | None:
     return None
 
 
-def all_calls(tmp_path: Path) -> int:
+@pytest.fixture(scope="module")
+def calls(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The names of the calls that the whole chain takes."""
+    names: list[str] = []
+    path = tmp_path_factory.mktemp("dry") / "chain"
+
+    def noted(real: Callable[..., Any], *args: Any, **fields: Any) -> Any:
+        names.append(real.__name__)
+        return real(*args, **fields)
+
     with pytest.MonkeyPatch.context() as patch:
-        calls = trip_at(patch, -1, fails(0))
-        write_chain(tmp_path / "dry")
-        return next(calls) - 1
+        trip_at(patch, 0, *[noted] * 1000)
+        write_chain(path)
+    assert 14 * LENGTH < len(names) < 1000
+    return names
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
-def test_any_call_may_fail(tmp_path: Path, error: int) -> None:
-    total = all_calls(tmp_path)
-    assert total > 40
+def trip(path: Path, number: int, *acts: Callable[..., Any]) -> CrtraceError | None:
+    """Write the chain, with faults from that call on; the error that it ended with."""
+    shutil.rmtree(path, ignore_errors=True)
+    with pytest.MonkeyPatch.context() as patch:
+        trip_at(patch, number, *acts)
+        failure = outcome(write_chain, path)
+    assert failure or committed(path) == LENGTH, f"a fault at call {number} went unnoticed"
+    return failure
+
+
+def as_it_was(path: Path) -> int:
+    """How many epochs there are; nothing is left of the one that failed."""
+    found = committed(path)
+    names = set(os.listdir(path)) if path.exists() else set()
+    assert names - {"chain.idx", "lock"} == {f"{number:08d}.img" for number in range(found)}
+    return found
+
+
+@pytest.mark.parametrize("error", FAULTS)
+def test_any_call_may_fail(tmp_path: Path, calls: list[str], error: int) -> None:
+    path = tmp_path / "chain"
     seen = set()
-    for number in range(1, total + 1):
-        path = tmp_path / str(number)
-        with pytest.MonkeyPatch.context() as patch:
-            trip_at(patch, number, fails(error))
-            failure = outcome(write_chain, path)
+    for number in range(len(calls)):
+        failure = trip(path, number, fails(error))
         if failure:
             assert os.strerror(error).lower() in str(failure)
             assert failure.hint
-            seen.add(committed(path))
-            assert len(list(path.glob("*.img"))) == committed(path), "an image was left behind"
-        assert not list(path.glob("*.part"))
-        write_chain(path)
-        assert committed(path) == len(EXPECTED), f"after call {number} of {total} failed"
-    assert seen == {0, 1, 2}
+            seen.add(as_it_was(path))
+        assert_goes_on(path, committed(path))
+    assert seen == set(range(LENGTH))
+
+
+def writes(calls: list[str]) -> list[int]:
+    """The numbers of the calls that write data."""
+    return [number for number, name in enumerate(calls) if name in ("pwrite", "pwritev")]
+
+
+def test_any_write_may_be_cut_short_and_fail(tmp_path: Path, calls: list[str]) -> None:
+    path = tmp_path / "chain"
+    seen = set()
+    for number in writes(calls):
+        assert trip(path, number, cut, fails(errno.ENOSPC))
+        seen.add(committed(path))
+        assert_goes_on(path, committed(path))
+    assert seen == set(range(LENGTH))
+
+
+def test_any_write_may_be_cut_short_and_go_on(tmp_path: Path, calls: list[str]) -> None:
+    """Of an image, the rest is written; what is of one piece is an error."""
+    path = tmp_path / "chain"
+    whole = 0
+    for number in writes(calls):
+        if failure := trip(path, number, cut):
+            assert "no space left on device" in str(failure)
+            assert_goes_on(path, as_it_was(path))
+        else:
+            whole += 1
+    assert whole >= calls.count("pwritev")
+
+
+@pytest.mark.parametrize("faults", [2, 3, 1000])
+def test_what_is_to_clean_up_may_fail_too(tmp_path: Path, calls: list[str], faults: int) -> None:
+    """Then something may be left, but no damage."""
+    path = tmp_path / "chain"
+    for number in range(calls.index("pwritev"), len(calls) * 3 // LENGTH):
+        assert trip(path, number, *[fails(errno.EIO)] * faults)
+        assert_goes_on(path, committed(path))
 
 
 def test_an_epoch_that_fails_leaves_the_writer_usable(tmp_path: Path) -> None:
     path = tmp_path / "chain"
     with ChainWriter.open(path, create=True) as writer:
-        epoch(writer, EPOCHS[0])
-        for number in range(1, 30):
-            with pytest.MonkeyPatch.context() as patch:
-                calls = trip_at(patch, number, fails(errno.ENOSPC))
-                failure = outcome(epoch, writer, EPOCHS[1])
+        for length in range(LENGTH):
+            for number in range(30):
+                with pytest.MonkeyPatch.context() as patch:
+                    calls = trip_at(patch, number, fails(errno.ENOSPC))
+                    failure = outcome(commit_next, writer)
                 if not failure:
-                    assert next(calls) <= number, "a failure went unnoticed"
                     break
-                assert len(writer.entries) == 1
-        epoch(writer, EPOCHS[2])
-    assert committed(path) == 3
+                assert len(writer.entries) == length
+                assert as_it_was(path) == length
+            assert number > 10
+            assert next(calls) <= number, "a failure went unnoticed"
+    assert committed(path) == LENGTH
 
 
-def killed(real: Callable[..., Any], *args: Any, **fields: Any) -> Any:
-    """Die in the middle of a call: half of what was to be written is there."""
-    if real.__name__ == "pwrite":
-        os_pwrite(args[0], memoryview(args[1])[: len(args[1]) // 2], args[2])
-    os._exit(9)
-
-
-os_pwrite = os.pwrite
-
-
-def test_the_writer_may_be_killed_at_any_call(tmp_path: Path) -> None:
-    total = all_calls(tmp_path)
+def test_the_writer_may_be_killed_at_any_call(tmp_path: Path, calls: list[str]) -> None:
+    path = tmp_path / "chain"
     seen = []
-    for number in range(1, total + 1):
-        path = tmp_path / str(number)
+    for number in range(len(calls)):
+        shutil.rmtree(path, ignore_errors=True)
         child = os.fork()
         if not child:
             trip_at(pytest.MonkeyPatch(), number, killed)
@@ -151,11 +204,9 @@ def test_the_writer_may_be_killed_at_any_call(tmp_path: Path) -> None:
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         seen.append(committed(path))
-        write_chain(path)
-        assert committed(path) == len(EXPECTED), f"after being killed at call {number} of {total}"
-        assert not list(path.glob("*.part"))
+        assert_goes_on(path, seen[-1])
     assert seen == sorted(seen)
-    assert set(seen) == {0, 1, 2, 3}
+    assert set(seen) == set(range(LENGTH + 1))
 
 
 @pytest.fixture

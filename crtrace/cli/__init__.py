@@ -9,7 +9,7 @@ import sys
 import click
 
 from crtrace import __version__
-from crtrace.cli import check, demo, diff, dump, export, listing, show, verify, watch
+from crtrace.cli import check, demo, diff, dump, export, listing, merge, prune, show, verify, watch
 from crtrace.cli.output import Failure, explain
 
 
@@ -25,7 +25,7 @@ def cli() -> None:
 
 for command in (
     check.check, watch.watch, dump.dump, listing.list_, show.show, diff.diff, verify.verify,
-    export.export, demo.demo,
+    export.export, merge.merge, prune.prune, demo.demo,
 ):  # fmt: skip
     cli.add_command(command)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -31,6 +32,11 @@ _HINTS = {
 def image_name(epoch: int, generation: int = 0) -> str:
     """The file name of an epoch's image."""
     return f"{epoch:08d}.{generation}.img" if generation else f"{epoch:08d}.img"
+
+
+def is_image_name(name: str) -> bool:
+    """Whether the name is that of the image of some epoch."""
+    return re.fullmatch(r"\d{8,}(\.[1-9]\d*)?\.img", name) is not None
 
 
 def explain(error: OSError, doing: str, path: object) -> NoReturn:
@@ -90,7 +96,7 @@ class ChainDir:
             if INDEX_NAME not in directory.names():
                 # Also when it was there: who made it may have been killed before this.
                 with explained("making", where):
-                    _sync_parent(where)
+                    sync_parent(where)
         except BaseException:
             directory.close()
             raise
@@ -213,7 +219,8 @@ def _holder(fd: int) -> str:
     return f"pid {text}{elsewhere}"
 
 
-def _sync_parent(path: Path) -> None:
+def sync_parent(path: Path) -> None:
+    """Bring the name of a file or directory to disk."""
     try:
         fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except PermissionError:  # it need not be readable

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -22,8 +23,6 @@ ENTRY = struct.Struct("<Q16s16sQIIQ16sQQQQQ")
 SUM = struct.Struct("<Q")
 ENTRY_SIZE = 128
 IS_FULL = 1
-REWRITTEN = 2
-"""The image was written again after images that build on it: FORMAT.md, "Replaced images"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +35,7 @@ class IndexEntry:
     parent_epoch: int = NO_EPOCH
     flags: int = IS_FULL
     generation: int = 0
-    """How often images of the chain had been written again when this one was."""
+    """How often the chain had been thinned out when the image was written."""
     length: int
     image_hash: bytes
     wall_ns: int = 0
@@ -98,6 +97,11 @@ class ChainIndex:
     entries: tuple[IndexEntry, ...]
     faults: tuple[Fault, ...]
     end: int
+
+    @property
+    def generation(self) -> int:
+        """The newest generation of images."""
+        return max((entry.generation for entry in self.entries), default=0)
 
     @property
     def broken(self) -> bool:
@@ -183,8 +187,8 @@ def _wrong(entry: IndexEntry | None, before: list[IndexEntry]) -> str:
         return "the checksum of the entry is wrong"
     if before and entry.epoch <= before[-1].epoch:
         return f"epoch {entry.epoch} follows epoch {before[-1].epoch}"
-    if entry.flags & ~(IS_FULL | REWRITTEN):
-        return f"flags are {entry.flags:#x}, expected 0 to 3"
+    if entry.flags & ~IS_FULL:
+        return f"flags are {entry.flags:#x}, expected 0 or 1"
     if not entry.full and entry.parent_epoch >= entry.epoch:
         return f"epoch {entry.epoch} has the later epoch {entry.parent_epoch} as its parent"
     return ""
@@ -248,13 +252,17 @@ class IndexFile:
             self._fd = -1
 
 
-def create_index(directory: ChainDir, chain_id: bytes, created_ns: int) -> None:
-    """Make the ``chain.idx`` of a new chain: whole, or not there."""
+def write_index(
+    directory: ChainDir, chain_id: bytes, created_ns: int, entries: Iterable[IndexEntry] = ()
+) -> None:
+    """Make a ``chain.idx``, or replace the one there is: whole, or not at all."""
+    data = pack_header(chain_id, created_ns)
+    data += b"".join(entry.pack(chain_id) for entry in entries)
     fd = directory.create(INDEX_NAME + PART)
     try:
         with explained("writing", directory.path / INDEX_NAME):
             point("pwrite of the index")
-            if os.pwrite(fd, pack_header(chain_id, created_ns), 0) != ENTRY_SIZE:
+            if os.pwrite(fd, data, 0) != len(data):
                 raise OSError(28, "No space left on device")
         directory.publish(fd, INDEX_NAME)
     except BaseException:

@@ -12,6 +12,7 @@ import numpy as np
 
 from crtrace.errors import CrtraceError
 from crtrace.image.header import ImageHeader, Stats
+from crtrace.image.layers import LayerRows
 from crtrace.image.losses import Unreadable, UnreadableRange, narrowed
 from crtrace.image.merged import MergedPages
 from crtrace.image.places import PageKind, kinds
@@ -87,6 +88,12 @@ class Epoch(MergedPages):
             views.append(TaskView(number, parent, task, mm, own, tuple(threads[number])))
         return tuple(views)
 
+    def tasks_alike(self, other: Epoch) -> bool:
+        """Whether both have the same tasks, wherever their records are."""
+        return [replace(view, id=0, parent=0) for view in self.tasks] == [
+            replace(view, id=0, parent=0) for view in other.tasks
+        ]
+
     def threads(self, task: TaskView) -> tuple[ThreadView, ...]:
         """The threads of a task, in the order they were written."""
         return task.threads
@@ -139,15 +146,20 @@ class Epoch(MergedPages):
 
     def losses(self) -> list[UnreadableRange]:
         """The pages that are there, could not be read, and have not been read since, by address."""
-        return [loss for space in self.spaces for loss in self._losses(space)]
+        return [
+            loss
+            for space in self.spaces
+            for rows in self.index_parts(space)
+            for loss in self.losses_in(space, rows)
+        ]
 
-    def _losses(self, space: int) -> Iterator[UnreadableRange]:
-        for rows in self.index_parts(space):
-            lost = rows.select(kinds(rows.places) == PageKind.UNREADABLE)
-            for level in np.unique(lost.levels).tolist():
-                tables = (table for _, _, table in self.lineage[level].records(Unreadable))
-                reasons = [row for table in tables for row in table.rows if row.space == space]
-                yield from narrowed(reasons, to_ranges(lost.pages[lost.levels == level]))
+    def losses_in(self, space: int, rows: LayerRows) -> Iterator[UnreadableRange]:
+        """Those among some rows of the merged index of a space."""
+        lost = rows.select(kinds(rows.places) == PageKind.UNREADABLE)
+        for level in np.unique(lost.levels).tolist():
+            tables = (table for _, _, table in self.lineage[level].records(Unreadable))
+            reasons = [row for table in tables for row in table.rows if row.space == space]
+            yield from narrowed(reasons, to_ranges(lost.pages[lost.levels == level]))
 
 
 def _space(task: TaskView) -> int:

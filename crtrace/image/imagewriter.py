@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -17,7 +17,7 @@ from crtrace.image.contents import StoredContents
 from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, OPTIONAL, Part, Record, RecordType
 from crtrace.image.header import ImageHeader, Stats
 from crtrace.image.losses import Unreadable, UnreadableRange, UnreadableReason
-from crtrace.image.pagetable import PageTable
+from crtrace.image.pagetable import KnownPages
 from crtrace.image.pending import (
     LAST_ROUND,
     Entries,
@@ -59,12 +59,14 @@ class ImageWriter:
         self,
         directory: ChainDir,
         header: ImageHeader,
-        parents: dict[int, PageTable],
+        parents: Mapping[int, KnownPages],
         owner: Owner,
+        generation: int,
     ) -> None:
         self.header = header
         self._parents = parents
         self._owner = owner
+        self._generation = generation
         self._spaces: dict[int, PendingSpace] = {}
         self._origins: dict[int, int] = {}
         self._lock = threading.Lock()
@@ -73,7 +75,7 @@ class ImageWriter:
         """The record of each chunk. Until all are written, places name chunks by their turn."""
         self._skipped = self._inherited = self._equal = self._raw = self._stored = 0
         self._open = True
-        self._file = RecordFile(directory, image_name(header.epoch))
+        self._file = RecordFile(directory, image_name(header.epoch, generation))
         try:
             self.add(header)
         except BaseException:
@@ -189,6 +191,12 @@ class ImageWriter:
         head = CHUNK_HEAD.pack(space, len(pages), codec, 0)
         return self._file.append(RecordType.CHUNK, [head, as_bytes(pages), block])
 
+    def mark_zeros(self, space: int, pages: U64) -> None:
+        """Say that the pages (ascending) are zeros."""
+        hashes = np.tile(ZERO_PAGE_HASH, (len(pages), 1))
+        places = np.full(len(pages), place(PageKind.ZERO))
+        self._space(space).add(0, pages.copy(), places, hashes)
+
     def mark_holes(self, space: int, pages: U64, *, round: int = LAST_ROUND) -> None:
         """Say that the pages (ascending) have no contents of their own any more.
 
@@ -267,6 +275,7 @@ class ImageWriter:
         return IndexEntry(
             epoch=header.epoch, image_id=header.image_id, parent_id=header.parent_id,
             parent_epoch=header.parent_epoch, flags=IS_FULL if header.full else 0,
+            generation=self._generation,
             length=length, image_hash=image_hash, wall_ns=header.wall_ns,
             pages_written=counts["pages_written"], pages_hole=counts["pages_hole"],
             bytes_raw=counts["bytes_raw"], bytes_stored=counts["bytes_stored"],
@@ -304,7 +313,7 @@ class ImageWriter:
                 self._owner.abandoned()
 
 
-def _same(known: PageTable | None, pages: U64, hashes: U64) -> Bools:
+def _same(known: KnownPages | None, pages: U64, hashes: U64) -> Bools:
     """Which pages a table has with just these hashes."""
     if known is None:
         return np.zeros(len(pages), dtype=np.bool_)

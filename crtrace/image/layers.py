@@ -208,9 +208,9 @@ def summary_layer(lineage: Lineage, space: int, level: int) -> SummaryLayer | No
 
 
 def _holds(parts: tuple[SummaryPart, ...], lineage: Lineage, level: int, end: int) -> bool:
-    """Whether the images that a summary names are there, and as they were."""
+    """Whether the images that a summary sums up are there, and as they were."""
     levels = [lineage.levels(part.epochs(0, len(part))) for part in parts if len(part)]
     oldest = max((int(each.max()) for each in levels), default=level)
     newest = min((int(each.min()) for each in levels), default=level)
     last = end if end < len(lineage) else oldest + 1
-    return newest >= level and oldest < end and lineage.as_written(level, last)
+    return newest >= level and oldest < end and lineage.seen_by(level, last)

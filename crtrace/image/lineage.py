@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
-from crtrace.image.chainindex import REWRITTEN, IndexEntry
+from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagefile import Image
 from crtrace.units import U64
 
@@ -24,8 +24,7 @@ class Lineage:
         self._read = read
         self._linked: set[int] = set()
         self._epochs = np.array([entry.epoch for entry in reversed(entries)], dtype=np.uint64)
-        rewritten = [bool(entry.flags & REWRITTEN) for entry in entries]
-        self._rewritten = np.concatenate(([0], np.cumsum(rewritten)))
+        self._generations = np.array([entry.generation for entry in entries], dtype=np.int64)
 
     def __len__(self) -> int:
         """Images."""
@@ -47,11 +46,16 @@ class Lineage:
         self._linked.add(level)
         return image
 
+    def part(self, first: int) -> Lineage:
+        """The lineage of ``lineage[first]``."""
+        return Lineage(self.entries[first:], self._read)
+
     def levels(self, epochs: U64) -> Levels:
         """The level of each epoch, -1 for those that are not here."""
         at = np.minimum(np.searchsorted(self._epochs, epochs), len(self._epochs) - 1)
         return np.where(self._epochs[at] == epochs, len(self._epochs) - 1 - at, -1)
 
-    def as_written(self, first: int, end: int) -> bool:
-        """Whether none of the images ``[first, end)`` was written again."""
-        return bool(self._rewritten[first] == self._rewritten[end])
+    def seen_by(self, first: int, end: int) -> bool:
+        """Whether the images ``[first, end)`` are those that were there when the first was made,
+        none written again or dropped since."""
+        return bool(self._generations[first:end].max() <= self._generations[first])

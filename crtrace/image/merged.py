@@ -135,10 +135,14 @@ class MergedPages:
         In the order in which they lie in the images, so that each chunk is decompressed about
         once, however the pages of many epochs are mixed in the address space.
         """
-        for rows in _together(self.index_parts(space, first, end)):
-            levels, places = self._settle(rows.pages, rows.levels, rows.places)
-            for at, part in self._contents(levels, places):
-                yield rows.pages[at], part
+        for rows in together(self.index_parts(space, first, end)):
+            yield from self.contents_of(rows)
+
+    def contents_of(self, rows: LayerRows) -> Iterator[tuple[U64, Bytes]]:
+        """The pages of some rows that have bytes, and these, as ``stored`` gives them."""
+        levels, places = self._settle(rows.pages, rows.levels.copy(), rows.places.copy())
+        for at, part in self._contents(levels, places):
+            yield rows.pages[at], part
 
     def _contents(self, levels: Levels, places: U64) -> Iterator[tuple[Positions, Bytes]]:
         """Positions and contents of what is stored, chunk by chunk."""
@@ -173,6 +177,13 @@ class MergedPages:
             if keep.any():
                 yield part.select(keep)
 
+    def changes(self, space: int, end: int) -> tuple[Iterator[LayerRows], bool]:
+        """What the images before ``lineage[end]`` say of a space, with holes; and whether it has
+        not existed further back."""
+        found, _, ended = gather(self.lineage, space, 0, end)
+        # The last summary may sum up older images, too.
+        return (part.select(part.levels < end) for part in merge_layers(found)), ended
+
     def index(self, space: int) -> LayerRows:
         """The merged page index of a space as a whole: 40 bytes a page."""
         none = np.empty(0, dtype=np.uint64)
@@ -204,7 +215,7 @@ def _newest(parts: list[LayerRows]) -> LayerRows:
     return every.select(order[first])
 
 
-def _together(parts: Iterable[LayerRows]) -> Iterator[LayerRows]:
+def together(parts: Iterable[LayerRows]) -> Iterator[LayerRows]:
     """The same rows in fewer parts."""
     held: list[LayerRows] = []
     for part in parts:

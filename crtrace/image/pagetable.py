@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import Protocol
 
 import numpy as np
 
@@ -13,6 +14,13 @@ SLAB_REGIONS = 256
 
 REGION_SHIFT = np.uint64(REGION_PAGES.bit_length() - 1)
 IN_REGION = np.uint64(REGION_PAGES - 1)
+
+
+class KnownPages(Protocol):
+    """What a parent image has of a space, as a writer asks it."""
+
+    def lookup(self, pages: U64) -> tuple[Bools, U64]:
+        """Which of ``pages`` (any order) are known, ``(n,)``, and their hashes, ``(n, 2)``."""
 
 
 class PageTable:

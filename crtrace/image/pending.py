@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from crtrace.image.losses import UnreadableRange
-from crtrace.image.pagetable import PageTable
+from crtrace.image.pagetable import KnownPages
 from crtrace.image.places import SAME, PageKind, chunks, kinds, place, slots
 from crtrace.units import U64, Bools, to_ranges
 
@@ -72,7 +72,7 @@ class PendingSpace:
             self._places.append(places)
             self._hashes.append(hashes)
 
-    def settle(self, parent: PageTable | None) -> Entries:
+    def settle(self, parent: KnownPages | None) -> Entries:
         """The entries that go into the image; this object is empty afterwards.
 
         ``parent`` is what the chain holds already: without a page there, a hole is nothing to
@@ -159,7 +159,7 @@ def _last_of_each(pages: U64) -> Positions:
     return found
 
 
-def _meaningful(entries: Entries, parent: PageTable | None) -> Entries:
+def _meaningful(entries: Entries, parent: KnownPages | None) -> Entries:
     """Without the pages that equal the parent's again, or are holes where it has nothing."""
     kind = kinds(entries.places)
     keep = kind != SAME

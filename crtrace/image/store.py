@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Self
 
 from crtrace.errors import CrtraceError, ImageDamaged
-from crtrace.image.chaindir import INDEX_NAME, ChainDir
-from crtrace.image.chainindex import ChainIndex, EntryMayExist, IndexEntry, IndexFile, create_index
+from crtrace.image.chaindir import INDEX_NAME, ChainDir, is_image_name
+from crtrace.image.chainindex import ChainIndex, EntryMayExist, IndexEntry, IndexFile, write_index
 from crtrace.image.framing import Part
 from crtrace.image.header import FULL, INCREMENTAL, NO_EPOCH, NO_ID, ImageHeader
 from crtrace.image.imagewriter import ImageWriter
@@ -39,12 +39,9 @@ class ChainWriter:
         self.known: dict[int, PageTable] = {}
         self._lock = directory.lock()
         try:
-            directory.remove_parts()
-            if INDEX_NAME not in directory.names():
-                create_index(directory, os.urandom(16), time.time_ns())
-            index = ChainIndex.read(directory)
-            _refuse_damage(index, directory)
+            index = ready_for_writing(directory)
             self.chain_id = index.chain_id
+            self._generation = index.generation
             self.entries = list(index.entries)
             if self.entries:
                 self.known = _known(directory)
@@ -125,8 +122,16 @@ class ChainWriter:
             boot_id=boot_id, reason=reason, kernel=kernel, hostname=hostname,
             tool_version=tool_version, armer=armer,
         )  # fmt: skip
-        parents = self.known if parent else {}
-        self._writing = ImageWriter(self._directory, header, parents, self)
+        return self._begin(header, self.known if parent else {})
+
+    def begin_as(self, header: ImageHeader) -> ImageWriter:
+        """Begin the first epoch of a chain with that header, of a full image."""
+        if self.entries or not header.full:
+            raise CrtraceError(f"chain {self._directory.path} has its first epoch already")
+        return self._begin(header, {})
+
+    def _begin(self, header: ImageHeader, parents: dict[int, PageTable]) -> ImageWriter:
+        self._writing = ImageWriter(self._directory, header, parents, self, self._generation)
         return self._writing
 
     def enter(self, entry: IndexEntry) -> None:
@@ -194,6 +199,24 @@ def _known(directory: ChainDir) -> dict[int, PageTable]:
             for part in epoch.index_parts(space):
                 table.store(part.pages, part.hashes)
     return known
+
+
+def ready_for_writing(directory: ChainDir) -> ChainIndex:
+    """The index of a locked chain, made if need be; what earlier writers left behind is removed.
+
+    Raises ``ImageDamaged`` when the index is.
+    """
+    directory.remove_parts()
+    if INDEX_NAME not in directory.names():
+        write_index(directory, os.urandom(16), time.time_ns())
+    index = ChainIndex.read(directory)
+    _refuse_damage(index, directory)
+    if all(fault.harmless for fault in index.faults):
+        names = {entry.name for entry in index.entries}
+        for name in directory.names():
+            if is_image_name(name) and name not in names:
+                directory.remove(name)
+    return index
 
 
 def _refuse_damage(index: ChainIndex, directory: ChainDir) -> None:

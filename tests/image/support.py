@@ -111,3 +111,23 @@ def read_all(path: Path) -> list[dict[int, bytes]]:
     """The contents of every epoch of a chain."""
     with Chain.open(path) as chain:
         return [contents(chain.epoch(entry.epoch)) for entry in chain.entries]
+
+
+def apply_step(
+    writer: ChainWriter, memory: dict[int, dict[int, bytes]], kind: str, pages: set[int], seed: int
+) -> None:
+    """One epoch that makes the chain have what ``memory`` has after the step."""
+    with writer.begin(full=kind == "full") as image:
+        for space, held in memory.items():
+            add_task(image, pid=100 + space, space=space)
+            if kind == "hole":
+                image.mark_holes(space, numbers(sorted(pages)))
+                for at in pages:
+                    held.pop(at, None)
+            elif kind != "full":
+                new = {at: page(seed * 100 + at) if seed else ZERO for at in sorted(pages)}
+                held.update(new)
+                write(image, new, space=space)
+            if image.header.full or space not in writer.known:
+                write(image, dict(sorted(held.items())), space=space, round=1)
+        image.commit({})

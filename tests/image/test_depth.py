@@ -16,7 +16,7 @@ from crtrace.image import imagefile, layers, summary
 from crtrace.image.places import PAGE_LIMIT
 from crtrace.image.reader import Chain
 from crtrace.image.store import ChainWriter
-from tests.image.support import SPACE, ZERO, add_task, contents, epoch, noise, numbers, page, write
+from tests.image.support import SPACE, add_task, apply_step, contents, epoch, noise, numbers, page
 from tests.image.tamper import rewrite
 
 SUMMARY = 15
@@ -145,7 +145,7 @@ def test_summaries_change_nothing_that_is_read(
                     memory.setdefault(2, {})
                 elif kind == "drop":
                     memory.pop(2, None)
-                apply(writer, memory, kind, pages, seed)
+                apply_step(writer, memory, kind, pages, seed)
                 states.append({space: dict(held) for space, held in memory.items()})
         with Chain.open(scratch) as chain:
             assert verify(chain).ok
@@ -158,26 +158,6 @@ def test_summaries_change_nothing_that_is_read(
                     for space in walked.spaces:
                         assert len(walked.layers(space)) >= len(view.layers(space))
                         assert contents(walked, space=space) == state[space]
-
-
-def apply(
-    writer: ChainWriter, memory: dict[int, dict[int, bytes]], kind: str, pages: set[int], seed: int
-) -> None:
-    """One epoch that makes the chain have what ``memory`` has after the step."""
-    with writer.begin(full=kind == "full") as image:
-        for space, held in memory.items():
-            add_task(image, pid=100 + space, space=space)
-            if kind == "hole":
-                image.mark_holes(space, numbers(sorted(pages)))
-                for at in pages:
-                    held.pop(at, None)
-            elif kind != "full":
-                new = {at: page(seed * 100 + at) if seed else ZERO for at in sorted(pages)}
-                held.update(new)
-                write(image, new, space=space)
-            if image.header.full or space not in writer.known:
-                write(image, dict(sorted(held.items())), space=space, round=1)
-        image.commit({})
 
 
 def test_a_summary_of_many_rows_has_several_parts(

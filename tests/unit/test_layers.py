@@ -20,10 +20,11 @@ MAY_USE = {
     "track": {"linux"},
     "image": set(),
     "analyze": {"image"},
-    "export": {"image"},
+    "export": {"image", "analyze"},
+    "rewrite": {"image", "analyze"},
     "capture": {"linux", "track", "image"},
     "demo": {"image"},
-    "cli": {"linux", "track", "image", "analyze", "export", "capture", "demo"},
+    "cli": {"linux", "track", "image", "analyze", "export", "rewrite", "capture", "demo"},
 }
 ONLY_IN = {
     "bcc": {"track/loader.py"},

@@ -1,0 +1,351 @@
+"""Epochs dropped and merged: what is left reads as before, whatever happens on the way."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crtrace.analyze.verify import verify
+from crtrace.errors import CrtraceError, ImageDamaged, UsageError
+from crtrace.image import summary
+from crtrace.image.reader import Chain
+from crtrace.image.records import Mm, Task
+from crtrace.image.store import ChainWriter
+from crtrace.rewrite import prune as prune_module
+from crtrace.rewrite.merge import merge
+from crtrace.rewrite.prune import prune
+from tests.image.support import (
+    SPACE,
+    ZERO,
+    add_task,
+    anon,
+    apply_step,
+    contents,
+    epoch,
+    noise,
+    numbers,
+    page,
+    small_chain,
+    write,
+)
+from tests.image.test_crash import fails, outcome, trip_at
+
+Memory = dict[int, dict[int, bytes]]
+
+
+def state(path: Path) -> dict[int, tuple[Memory, list[tuple[int, int, int, int]]]]:
+    """Every epoch: its spaces with their pages, and what could not be read."""
+    with Chain.open(path) as chain:
+        assert verify(chain).ok
+        found = {}
+        for entry in chain.entries:
+            view = chain.epoch(entry.epoch)
+            memory = {space: contents(view, space=space) for space in view.spaces}
+            lost = [(loss.space, loss.first, loss.count, loss.errno) for loss in view.losses()]
+            found[entry.epoch] = memory, lost
+        return found
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {each.name: each.read_bytes() for each in path.iterdir() if each.name != "lock"}
+
+
+def ten(path: Path) -> Path:
+    """Ten epochs, the sixth full; holes, zeros, unreadable pages, a child that inherits."""
+    with ChainWriter.open(path, create=True) as writer:
+        for number in range(10):
+            with writer.begin(full=number == 5, reason=f"r{number}") as image:
+                child = 3 <= number <= 7
+                add_task(image, [anon(1, 90)])
+                if child:
+                    add_task(image, [anon(1, 90)], pid=200, space=2)
+                if number == 3:
+                    image.inherit(2, SPACE)
+                own = {number: noise(number), 20: page(number + 1), 30 + number: ZERO}
+                if image.header.full:
+                    own |= {at: page(at) for at in range(40, 60)}
+                write(image, own)
+                image.mark_holes(SPACE, numbers([number + 28]))
+                image.mark_unreadable(SPACE, numbers([70, 71]), 5 + number)
+                if child:
+                    write(image, {1: noise(1), 2: noise(2), 60 + number: noise(99)}, space=2)
+                image.commit({"frozen_time": number})
+    return path
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3, 4, 5, 6, 9, 10, 99])
+@pytest.mark.parametrize("every", [0, 1, 2, 4])
+def test_what_is_kept_reads_as_before(tmp_path: Path, keep: int, every: int) -> None:
+    path = ten(tmp_path / "chain")
+    before = state(path)
+    done = prune(path, keep=keep, every=every)
+    kept = [at for at in range(10) if at >= 10 - keep or (every and at % every == 0)]
+    assert list(done.kept) == kept
+    assert set(done.dropped) == set(range(10)) - set(kept)
+    assert state(path) == {at: before[at] for at in kept}
+    images = {name for name in os.listdir(path) if name.endswith(".img")}
+    with Chain.open(path) as chain:
+        assert images == {entry.name for entry in chain.entries}
+        assert [chain.epoch(at).header.reason for at in kept] == [f"r{at}" for at in kept]
+        assert [chain.epoch(at).stats["frozen_time"] for at in kept] == kept
+    assert done.bytes_after == sum((path / name).stat().st_size for name in images)
+
+
+def test_the_newest_images_stay_byte_for_byte(tmp_path: Path) -> None:
+    path = ten(tmp_path / "chain")
+    before = files(path)
+    done = prune(path, keep=3)
+    assert done.rewritten == (7,)
+    after = files(path)
+    for name in ("00000008.img", "00000009.img"):
+        assert after[name] == before[name]
+    assert set(after) == {"chain.idx", "00000007.1.img", "00000008.img", "00000009.img"}
+
+
+def test_nothing_to_drop_changes_nothing(tmp_path: Path) -> None:
+    path = ten(tmp_path / "chain")
+    before = files(path)
+    assert prune(path, keep=10).dropped == ()
+    assert files(path) == before
+
+
+def test_a_chain_goes_on_after_it_was_thinned_out_again_and_again(tmp_path: Path) -> None:
+    path, memory, expected = tmp_path / "chain", {}, {}
+    number = 0
+    for turn in range(6):
+        with ChainWriter.open(path, create=True) as writer:
+            for _ in range(9):
+                changes = {number % 7: noise(number), 100 + number: page(number + 1)}
+                epoch(writer, changes)
+                memory |= changes
+                expected[number] = {SPACE: dict(memory)}
+                number += 1
+        done = prune(path, keep=2 + turn, every=4 if turn % 2 else 0)
+        found = state(path)
+        assert sorted(found) == sorted(done.kept)
+        assert {at: held for at, (held, _) in found.items()} == {
+            at: expected[at] for at in done.kept
+        }
+
+
+STEP = st.tuples(
+    st.sampled_from(["write", "write", "write", "hole", "space", "drop", "full"]),
+    st.sets(st.integers(0, 12), max_size=5),
+    st.integers(0, 4),
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    steps=st.lists(STEP, min_size=4, max_size=18),
+    cuts=st.lists(st.tuples(st.integers(1, 6), st.integers(0, 3)), min_size=1, max_size=3),
+)
+def test_any_chain_thinned_out_in_any_way(
+    steps: list[tuple[str, set[int], int]], cuts: list[tuple[int, int]]
+) -> None:
+    """With summaries of few images, so that many of them stop being of use."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as scratch:
+        patch.setattr(summary, "FAN_OUT", 2)
+        path, memory, expected = Path(scratch), {SPACE: {}}, {}
+        parts = [steps[at :: len(cuts)] for at in range(len(cuts))]
+        for part, (keep, every) in zip(parts, cuts, strict=True):
+            with ChainWriter.open(path, create=True) as writer:
+                for kind, pages, seed in part:
+                    if kind == "space":
+                        memory.setdefault(2, {})
+                    elif kind == "drop":
+                        memory.pop(2, None)
+                    apply_step(writer, memory, kind, pages, seed)
+                    last = writer.entries[-1].epoch
+                    expected[last] = {space: dict(held) for space, held in memory.items()}
+            if part:
+                done = prune(path, keep=keep, every=every)
+                found = {at: held for at, (held, _) in state(path).items()}
+                assert found == {at: expected[at] for at in done.kept}
+
+
+def test_what_is_written_again_has_no_more_than_was_dropped(tmp_path: Path) -> None:
+    """Also where a summary of older images lies in between."""
+    path = tmp_path / "chain"
+    with ChainWriter.open(path, create=True) as writer:
+        for number in range(19):
+            epoch(writer, {number: noise(number)})
+    prune(path, keep=2, every=5)
+    with Chain.open(path) as chain:
+        found = {entry.epoch: entry.pages_written for entry in chain.entries}
+    assert found == {0: 1, 5: 5, 10: 5, 15: 5, 17: 2, 18: 1}
+
+
+def test_a_number_that_stood_for_something_else_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Space 2 is gone in the epoch that is dropped, and another one afterwards."""
+    path = tmp_path / "chain"
+    with ChainWriter.open(path, create=True) as writer:
+        for held in ({1: noise(1), 2: noise(2)}, None, {2: noise(3)}, {}):
+            with writer.begin() as image:
+                add_task(image)
+                if held is not None:
+                    add_task(image, pid=200, space=2)
+                    write(image, held, space=2)
+                image.commit({})
+    prune(path, keep=2, every=4)
+    found = state(path)
+    assert {at: held[2] for at, (held, _) in found.items()} == {
+        0: {1: noise(1), 2: noise(2)}, 2: {2: noise(3)}, 3: {2: noise(3)},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+def test_the_chain_is_the_old_one_or_the_new_one_whatever_call_fails(
+    tmp_path: Path, error: int
+) -> None:
+    source = ten(tmp_path / "source")
+    before = state(source)
+    after = {at: before[at] for at in (0, 4, 8, 9)}
+    outcomes = set()
+    for number in range(1, 1000):
+        path = tmp_path / "chain"
+        shutil.copytree(source, path)
+        with pytest.MonkeyPatch.context() as patch:
+            calls = trip_at(patch, number, fails(error))
+            failure = outcome(lambda: prune(path, keep=2, every=4))  # noqa: B023
+            if not failure and next(calls) <= number:
+                break
+        found = state(path)
+        assert found in (before, after), f"call {number}"
+        outcomes.add(found == after)
+        prune(path, keep=2, every=4)
+        assert state(path) == after
+        with Chain.open(path) as chain:
+            named = {entry.name for entry in chain.entries}
+        assert {name for name in os.listdir(path) if name.endswith((".img", ".part"))} == named
+        shutil.rmtree(path)
+    assert outcomes == {False, True}
+    assert number > 60
+
+
+def test_killed_at_any_call_it_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:
+    source = ten(tmp_path / "source")
+    before = state(source)
+    after = {at: before[at] for at in (8, 9)}
+    seen = []
+    for number in range(1, 1000):
+        path = tmp_path / str(number)
+        shutil.copytree(source, path)
+        child = os.fork()
+        if not child:
+            trip_at(pytest.MonkeyPatch(), number, lambda *_, **__: os._exit(9))
+            prune(path, keep=2)
+            os._exit(0)
+        if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0:
+            break
+        found = state(path)
+        assert found in (before, after)
+        seen.append(found == after)
+        with ChainWriter.open(path) as writer:
+            epoch(writer, {500: page(1)})
+        assert 500 in state(path)[10][0][SPACE]
+        assert not [name for name in os.listdir(path) if name.endswith(".part")]
+    assert seen == sorted(seen), "before the one step, then after it"
+    assert {True, False} == set(seen)
+
+
+def test_a_copy_that_went_wrong_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = ten(tmp_path / "chain")
+    before = files(path)
+
+    def forgetful(view: Any, image: Any, above: int, progress: Any) -> None:
+        real(view, image, above, progress)
+        image.mark_holes(SPACE, numbers([20]))
+
+    real = prune_module.copy_pages
+    monkeypatch.setattr(prune_module, "copy_pages", forgetful)
+    with pytest.raises(ImageDamaged, match="are not the same"):
+        prune(path, keep=2)
+    assert files(path) == before
+
+
+def test_a_damaged_chain_is_left_alone(tmp_path: Path) -> None:
+    path = ten(tmp_path / "chain")
+    data = bytearray((path / "00000006.img").read_bytes())
+    data[data.index(noise(6)[:32])] ^= 1
+    (path / "00000006.img").write_bytes(data)
+    before = files(path)
+    with pytest.raises(ImageDamaged):
+        prune(path, keep=2)
+    assert files(path) == before
+
+
+def test_a_chain_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    path = ten(tmp_path / "chain")
+    with ChainWriter.open(path), pytest.raises(CrtraceError, match=f"written by pid {os.getpid()}"):
+        prune(path, keep=2)
+
+
+@pytest.mark.parametrize("number", range(10))
+def test_any_epoch_merged_is_the_same_in_one_image(tmp_path: Path, number: int) -> None:
+    path = ten(tmp_path / "chain")
+    before = state(path)
+    with Chain.open(path) as chain:
+        entry = merge(chain.epoch(number), tmp_path / "out")
+        header = chain.epoch(number).header
+    assert entry.full
+    assert state(tmp_path / "out") == {number: before[number]}
+    with Chain.open(tmp_path / "out") as chain:
+        assert chain.epoch().header.wall_ns == header.wall_ns
+        assert chain.epoch().header.reason == f"r{number}"
+    with ChainWriter.open(tmp_path / "out") as writer:
+        assert epoch(writer, {900: page(3)}).epoch == number + 1
+    assert sorted(os.listdir(tmp_path)) == ["chain", "out"]
+
+
+def test_merging_onto_something_is_refused(tmp_path: Path) -> None:
+    path = small_chain(tmp_path / "chain")
+    with Chain.open(path) as chain:
+        with pytest.raises(UsageError, match="is there already"):
+            merge(chain.epoch(), path)
+        (tmp_path / "link").symlink_to("nowhere")
+        with pytest.raises(UsageError, match="is there already"):
+            merge(chain.epoch(), tmp_path / "link")
+
+
+def merge_newest(path: Path, into: Path) -> None:
+    with Chain.open(path) as chain:
+        merge(chain.epoch(), into)
+
+
+def test_a_merge_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    path = ten(tmp_path / "chain")
+    for number in range(1, 200):
+        with pytest.MonkeyPatch.context() as patch:
+            calls = trip_at(patch, number, fails(errno.ENOSPC))
+            failure = outcome(merge_newest, path, tmp_path / "out")
+            if not failure and next(calls) <= number:
+                break
+        assert not failure or "no space left" in str(failure)
+        assert sorted(os.listdir(tmp_path)) == (["chain", "out"] if not failure else ["chain"])
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    assert number > 10
+
+
+def test_tasks_and_their_places_are_copied(tmp_path: Path) -> None:
+    path = tmp_path / "chain"
+    with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+        first = image.add(Task(pid=1, comm="one"))
+        image.add(Mm(space=SPACE), parent=first)
+        image.add(Task(pid=2, comm="two", state="Z", exit_status=256), parent=first)
+        add_task(image, [anon(4, 2)], pid=3, threads=3)
+        image.commit({})
+    with Chain.open(path) as chain:
+        merge(chain.epoch(), tmp_path / "out")
+        with Chain.open(tmp_path / "out") as copy:
+            assert copy.epoch().tasks == chain.epoch().tasks

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from crtrace.analyze.imagecheck import Finding, check_image, finding
+from crtrace.analyze.lost import EpochLoss, Suspects, losses
 from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, PART
 from crtrace.image.chainindex import IndexEntry
@@ -20,12 +21,10 @@ from crtrace.image.merged import merge_layers
 from crtrace.image.pageindex import PageIndex
 from crtrace.image.places import PAGE_LIMIT, PageKind, kinds
 from crtrace.image.reader import Chain
-from crtrace.units import PAGE_SIZE, U64, Bools
+from crtrace.units import U64, Bools
 
 INHERITED_ROWS = 4096
 """Rows of a page index whose contents are read at a time: 16 MiB."""
-SHOWN_RANGES = 64
-"""Lost address ranges listed for one damage; ``pages_lost`` counts all."""
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes there are."""
@@ -35,9 +34,8 @@ Progress = Callable[[int, int], None]
 class Damage:
     """One thing that is wrong, and what it costs.
 
-    ``epochs`` are those that may read wrongly or not at all: the one that the file belongs to and
-    those that build on it. ``lost`` are ranges ``(start, end)`` in bytes of ``space``; none when
-    the whole epoch is lost, or nothing but what ``message`` says.
+    ``epochs`` are those that may lack something: the one that the file belongs to and those that
+    build on it. What each of them lacks, by process, is in ``Report.lost``.
     """
 
     file: str
@@ -45,10 +43,8 @@ class Damage:
     offset: int = 0
     message: str
     epochs: tuple[int, ...] = ()
-    space: int = 0
     pages_lost: int = 0
     missing: bool = False
-    lost: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(slots=True)
@@ -58,10 +54,12 @@ class Report:
     chain: str
     epochs: list[int] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
+    lost: list[EpochLoss] = field(default_factory=list)
     notices: list[str] = field(default_factory=list)
     records: int = 0
     pages: int = 0
     bytes: int = 0
+    suspects: Suspects = field(default_factory=Suspects)
 
     @property
     def ok(self) -> bool:
@@ -70,7 +68,9 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """A plain dict for JSON."""
-        return {"ok": self.ok, **asdict(self)}
+        fields = asdict(replace(self, suspects=Suspects()))
+        del fields["suspects"]
+        return {"ok": self.ok, **fields}
 
 
 def verify(chain: Chain, epoch: int | None = None, progress: Progress | None = None) -> Report:
@@ -97,6 +97,8 @@ def verify(chain: Chain, epoch: int | None = None, progress: Progress | None = N
 
         _check_epoch(chain, entry, report, advance)
         report.epochs.append(entry.epoch)
+    if report.damage:
+        report.lost = losses(chain, entries, report.suspects)
     return report
 
 
@@ -108,6 +110,7 @@ def _check_index(chain: Chain, report: Report) -> None:
                 "short and its epoch never existed"
             )
             continue
+        report.suspects.everything = True
         number = fault.offset // 128 - 1
         report.damage.append(
             Damage(
@@ -135,6 +138,7 @@ def _ancestors(chain: Chain, entry: IndexEntry, report: Report) -> tuple[IndexEn
             entries.append(parent)
     except (ChainIncomplete, ImageDamaged) as error:
         missing = isinstance(error, ChainIncomplete)
+        report.suspects.everything = True
         report.damage.append(
             Damage(
                 file=INDEX_NAME, message=str(error), epochs=(entry.epoch,), missing=missing
@@ -162,13 +166,13 @@ def _check_epoch(
     except (ImageDamaged, ChainIncomplete) as error:
         missing = isinstance(error, ChainIncomplete)
         report.damage.append(Damage(file=name, message=str(error), epochs=epochs, missing=missing))
+        report.suspects.add_image(entry.epoch)
         advance(entry.length)
         return
     _check_link(chain, image, report, epochs)
-    for found in check_image(image, advance):
+    for found in (*check_image(image, advance), *_check_inherited(chain, image)):
         report.damage.append(_damage(name, found, epochs))
-    for found in _check_inherited(chain, image):
-        report.damage.append(_damage(name, found, epochs))
+        report.suspects.add(image, found)
     for found in _check_summaries(chain, image):
         report.damage.append(_damage(name, found, ()))
     report.records += len(image.directory)
@@ -258,6 +262,7 @@ def _check_link(chain: Chain, image: Image, report: Report, epochs: tuple[int, .
             return
         above = chain.image(parent)
     except ChainIncomplete as error:
+        report.suspects.everything = True
         report.damage.append(
             Damage(file=image.name, message=str(error), epochs=epochs, missing=True)
         )
@@ -267,14 +272,12 @@ def _check_link(chain: Chain, image: Image, report: Report, epochs: tuple[int, .
     try:
         image.check_parent(above)
     except ImageDamaged as error:
+        report.suspects.everything = True
         report.damage.append(Damage(file=image.name, message=str(error), epochs=epochs))
 
 
 def _damage(name: str, found: Finding, epochs: tuple[int, ...]) -> Damage:
-    space, ranges = next(iter(found.lost.items()), (0, []))
-    spans = [span for part in ranges for span in (part * np.uint64(PAGE_SIZE)).tolist()]
     return Damage(
         file=name, record=found.record, offset=found.offset, message=found.message,
-        epochs=epochs, space=space, pages_lost=found.pages,
-        lost=tuple((start, end) for start, end in spans[:SHOWN_RANGES]),
+        epochs=epochs, pages_lost=found.pages,
     )  # fmt: skip

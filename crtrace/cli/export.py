@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from crtrace.cli.options import chain_argument, epoch_option
-from crtrace.cli.output import emit, json_option
+from crtrace.cli.output import LOSSES, Bar, Failure, emit, json_option, note
+from crtrace.cli.verify import describe_loss
+from crtrace.units import human_bytes
+
+if TYPE_CHECKING:
+    from crtrace.analyze.lost import EpochLoss
+    from crtrace.image.reader import Chain
 
 
 @click.command()
@@ -21,19 +29,52 @@ from crtrace.cli.output import emit, json_option
     "-o", "--output", "path", type=click.Path(path_type=Path), metavar="PATH", required=True
 )
 @click.option("--pid", type=int, help="Which process of a tree; by default the first.")
+@click.option(
+    "--salvage", is_flag=True,
+    help="Of a damaged chain: leave out what is lost, say what that is, and exit with 3.",
+)  # fmt: skip
 @json_option
-def export(chain: Path, epoch: int, kind: str, path: Path, pid: int | None, as_json: bool) -> None:
+def export(
+    chain: Path, epoch: int, kind: str, path: Path, pid: int | None, salvage: bool, as_json: bool
+) -> None:
     """Write one process of one epoch in a form that other tools read."""
     from crtrace.export.core import export_core
     from crtrace.export.raw import export_raw
     from crtrace.image.reader import Chain
 
+    bar = Bar("exporting", human_bytes)
+    lost: list[EpochLoss] = []
     with Chain.open(chain) as opened:
-        view = opened.epoch(epoch)
-        parts = (export_core if kind == "core" else export_raw)(view, path, pid=pid)
-        number = view.header.epoch
+        number = opened.entry(epoch).epoch
+        damaged = None
+        if salvage:
+            damaged, lost = _find_damage(opened, number)
+        view = opened.epoch(number, damaged)
+        parts = (export_core if kind == "core" else export_raw)(
+            view, path, pid=pid, progress=bar.update
+        )
+    bar.clear()
     size = path.stat().st_size
     if as_json:
-        emit({"epoch": number, "format": kind, "path": str(path), "bytes": size, "parts": parts})
+        emit(
+            {
+                "epoch": number, "format": kind, "path": str(path), "bytes": size, "parts": parts,
+                "lost": [asdict(each) for each in lost],
+            }
+        )  # fmt: skip
     else:
         click.echo(f"epoch {number} as {kind} in {path}")
+    if lost:
+        for line in describe_loss(lost[0]):
+            note(line, fg="yellow")
+        raise Failure(LOSSES)
+
+
+def _find_damage(chain: Chain, number: int) -> tuple[dict[int, set[int]], list[EpochLoss]]:
+    """The damaged records by epoch, and what the epoch lacks because of them."""
+    from crtrace.analyze.verify import verify
+
+    bar = Bar("looking for damage", human_bytes)
+    report = verify(chain, number, bar.update)
+    bar.clear()
+    return report.suspects.records, [loss for loss in report.lost if loss.epoch == number]

@@ -15,6 +15,8 @@ import click
 from crtrace.errors import CrtraceError
 
 SCHEMA_VERSION = 1
+LOSSES = 3
+"""The exit code of what is finished and lacks something, which was listed."""
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON on stdout.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,11 @@ from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.units import human_bytes
 
 if TYPE_CHECKING:
+    from crtrace.analyze.lost import EpochLoss
     from crtrace.analyze.verify import Damage
+
+LISTED = 4
+"""Address ranges of a line; ``--json`` has more."""
 
 
 @click.command()
@@ -34,6 +39,9 @@ def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
     else:
         for damage in report.damage:
             click.echo(paint(_describe(damage), fg="red"))
+        for epoch_loss in report.lost:
+            for line in describe_loss(epoch_loss):
+                click.echo(line)
         for notice in report.notices:
             click.echo(printable(notice))
         state = "whole" if report.ok else "damaged"
@@ -44,6 +52,19 @@ def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
     if not report.ok:
         only_missing = all(damage.missing for damage in report.damage)
         raise Failure((ChainIncomplete if only_missing else ImageDamaged).exit_code)
+
+
+def describe_loss(loss: EpochLoss) -> Iterator[str]:
+    """What an epoch lacks, a line for each process."""
+    if loss.whole:
+        yield f"epoch {loss.epoch} cannot be read"
+    for process in loss.processes:
+        ranges = ", ".join(f"{start:x}-{end:x}" for start, end in process.ranges[:LISTED])
+        more = ", …" if len(process.ranges) > LISTED else ""
+        yield (
+            f"epoch {loss.epoch} lacks {human_bytes(process.bytes)} of process {process.pid} "
+            f"({printable(process.comm)}): {ranges}{more}"
+        )
 
 
 def _describe(damage: Damage) -> str:

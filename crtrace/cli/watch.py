@@ -9,10 +9,8 @@ from typing import Any
 import click
 
 from crtrace.cli.options import MAX_PID, FiniteRange
-from crtrace.cli.output import Bar, Failure, emit, json_option, milliseconds, note, paint
+from crtrace.cli.output import LOSSES, Bar, Failure, emit, json_option, milliseconds, note, paint
 from crtrace.units import PAGE_SIZE, Pid, human_bytes
-
-LOSSES = 3
 
 
 @click.command()

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from crtrace.errors import CrtraceError, UsageError
 from crtrace.export.elfhead import elf_head
 from crtrace.export.notes import core_notes
+from crtrace.export.placement import Placement, Progress, write_memory
 from crtrace.export.sparsefile import SparseFile, sparse_file
 from crtrace.image.epoch import Epoch, TaskView
 from crtrace.image.resolve import UNKNOWN_WHEN_ABSENT, Source
@@ -25,7 +26,6 @@ IDENT = b"\x7fELF\x02\x01\x01" + bytes(9)
 ET_CORE, EM_X86_64 = 4, 62
 PT_LOAD, PT_NOTE = 1, 4
 PN_XNUM = 0xFFFF
-WRITE_PAGES = 512
 
 MAX_ZEROS = 64 << 30
 """Zeros longer than this get no bytes in the file, which could grow beyond what file systems
@@ -35,13 +35,15 @@ allow: address sanitizers reserve terabytes."""
 class Segment(NamedTuple):
     """One PT_LOAD: ``[start, end)`` of a mapping, with bytes in the file or without.
 
-    ``head``: its first page, where that is not from the chain but from an ELF file.
+    ``held``: bytes of it that the chain has. ``head``: its first page, where that is not from the
+    chain but from an ELF file.
     """
 
     vma: Vma
     start: int
     end: int
     stored: bool
+    held: int = 0
     head: bytes = b""
 
 
@@ -54,7 +56,13 @@ class Part(NamedTuple):
     source: Source
 
 
-def export_core(epoch: Epoch, path: str | os.PathLike[str], *, pid: int | None = None) -> int:
+def export_core(
+    epoch: Epoch,
+    path: str | os.PathLike[str],
+    *,
+    pid: int | None = None,
+    progress: Progress | None = None,
+) -> int:
     """Write the core of one task (by default the first); the number of segments.
 
     The file is sparse, mode 0600, and appears when it is complete. Pages of mapped files that the
@@ -69,12 +77,14 @@ def export_core(epoch: Epoch, path: str | os.PathLike[str], *, pid: int | None =
     segments = list(_segments(epoch, task))
     with sparse_file(path) as out:
         _write_head(out, notes, segments)
-        end = _data_start(notes, segments)
+        ranges, end = [], _data_start(notes, segments)
         for segment in segments:
             if segment.stored:
                 out.write(segment.head, end)
-                _write_contents(out, epoch, task, segment, end)
+                ranges.append((segment.start, segment.end, end))
                 end += segment.end - segment.start
+        stored = sum(segment.held for segment in segments)
+        write_memory(Placement(out, ranges), epoch, task, stored, progress)
         out.truncate(end)
     return len(segments)
 
@@ -98,13 +108,13 @@ def find_task(epoch: Epoch, pid: int | None) -> TaskView:
 def _segments(epoch: Epoch, task: TaskView) -> Iterator[Segment]:
     """The mappings as segments, split where bytes begin or end.
 
-    Pages that could not be read are in none: debuggers take a segment without bytes, if they find
-    no file for it, for zeros, and that would be a lie.
+    Pages that could not be read, or are lost, are in none: debuggers take a segment without bytes,
+    if they find no file for it, for zeros, and that would be a lie.
     """
     held: Segment | None = None
     for part in _with_heads(epoch, _parts(epoch, task)):
         if held and (held.vma, held.end, held.stored) == (part.vma, part.start, part.stored):
-            held = held._replace(end=part.end)
+            held = held._replace(end=part.end, held=held.held + part.held)
             continue
         if held:
             yield held
@@ -116,16 +126,17 @@ def _segments(epoch: Epoch, task: TaskView) -> Iterator[Segment]:
 def _with_heads(epoch: Epoch, parts: Iterable[Part]) -> Iterator[Segment]:
     """Segments, some of which could be one; the first page of an ELF file is by itself."""
     for vma, start, end, source in parts:
-        if source is Source.UNREADABLE:
+        if source in (Source.UNREADABLE, Source.LOST):
             continue
         rest = start
         if source is Source.FILE and start == vma.start and not vma.pgoff:
             head = elf_head(epoch.files.get(vma.file)) if vma.flags & VmaFlag.READ else b""
             if head:
                 rest += PAGE_SIZE
-                yield Segment(vma, start, rest, True, head)
+                yield Segment(vma, start, rest, True, head=head)
         if rest < end:
-            yield Segment(vma, rest, end, _has_bytes(vma, source, end - rest))
+            held = end - rest if source in (Source.STORED, Source.OBJECT) else 0
+            yield Segment(vma, rest, end, _has_bytes(vma, source, end - rest), held)
 
 
 def _parts(epoch: Epoch, task: TaskView) -> Iterator[Part]:
@@ -189,32 +200,10 @@ def _write_head(out: SparseFile, notes: bytes, segments: list[Segment]) -> None:
 
 
 def _program_headers(segments: list[Segment], offset: int) -> Iterator[bytes]:
-    for vma, start, end, stored, _ in segments:
+    for vma, start, end, stored, *_ in segments:
         size = end - start
         bits = ((VmaFlag.READ, 4), (VmaFlag.WRITE, 2), (VmaFlag.EXEC, 1))
         flags = sum(bit for flag, bit in bits if vma.flags & flag)
         in_file = size if stored else 0
         yield PHDR.pack(PT_LOAD, flags, offset, start, 0, in_file, size, PAGE_SIZE)
         offset += in_file
-
-
-def _write_contents(
-    out: SparseFile, epoch: Epoch, task: TaskView, segment: Segment, offset: int
-) -> None:
-    for addr, npages in pieces(epoch, task, segment.vma, segment.start, segment.end):
-        data = epoch.read_run(task, segment.vma, addr, npages)
-        out.write(data.data, offset + addr - segment.start)
-
-
-def pieces(
-    epoch: Epoch, task: TaskView, vma: Vma, start: int, end: int
-) -> Iterator[tuple[int, int]]:
-    """Address and number of pages, 512 at most, of everything stored in a part of a mapping.
-
-    Pages of zeros are not among them: an image does not store any.
-    """
-    part = replace(vma, start=start, end=end, pgoff=vma.pgoff + start - vma.start)
-    for run in epoch.memory_runs(task, part):
-        if run.source in (Source.STORED, Source.OBJECT):
-            for done in range(0, run.npages, WRITE_PAGES):
-                yield run.addr + done * PAGE_SIZE, min(WRITE_PAGES, run.npages - done)

@@ -59,30 +59,30 @@ class Epoch(MergedPages):
     @cached_property
     def arch(self) -> Arch | None:
         """The machine, if it was recorded."""
-        return next((record for _, _, record in self.image.records(Arch)), None)
+        return next((record for _, _, record in self.image.records(Arch, self.damaged)), None)
 
     @cached_property
     def stats(self) -> dict[str, Any]:
         """The statistics of the checkpoint."""
-        return next((record.fields for _, _, record in self.image.records(Stats)), {})
+        return next((record.fields for _, _, record in self.image.records(Stats, self.damaged)), {})
 
     @cached_property
     def files(self) -> dict[int, FileInfo]:
         """The mapped files by id."""
-        tables = (record for _, _, record in self.image.records(Files))
+        tables = (record for _, _, record in self.image.records(Files, self.damaged))
         return {row.id: row for table in tables for row in table.rows}
 
     @cached_property
     def tasks(self) -> tuple[TaskView, ...]:
         """Every task with its threads and mappings, in the order they were written."""
-        cpus = {parent: cpu for _, parent, cpu in self.image.records(Cpu)}
+        cpus = {parent: cpu for _, parent, cpu in self.image.records(Cpu, self.damaged)}
         threads: dict[int, list[ThreadView]] = defaultdict(list)
-        for number, parent, thread in self.image.records(Thread):
+        for number, parent, thread in self.image.records(Thread, self.damaged):
             threads[parent].append(ThreadView(thread, cpus.get(number)))
-        vmas = {parent: table.rows for _, parent, table in self.image.records(Vmas)}
-        mms = {parent: (number, mm) for number, parent, mm in self.image.records(Mm)}
+        vmas = {parent: table.rows for _, parent, table in self.image.records(Vmas, self.damaged)}
+        mms = {parent: (number, mm) for number, parent, mm in self.image.records(Mm, self.damaged)}
         views = []
-        for number, parent, task in self.image.records(Task):
+        for number, parent, task in self.image.records(Task, self.damaged):
             mm_id, mm = mms.get(number, (0, None))
             own = vmas.get(mm_id, ()) if mm else ()
             views.append(TaskView(number, parent, task, mm, own, tuple(threads[number])))

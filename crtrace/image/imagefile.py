@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import TypeVar
 
@@ -242,9 +242,13 @@ class Image:
         kind = RECORDS[RecordType(int(self.directory[number - 1]["type"]))]
         return kind.unpack(self.payload(number), self.where(number))
 
-    def records(self, kind: type[T]) -> Iterator[tuple[int, int, T]]:
-        """Id, parent and contents of every record of a class."""
+    def records(
+        self, kind: type[T], leave_out: Container[int] = ()
+    ) -> Iterator[tuple[int, int, T]]:
+        """Id, parent and contents of every record of a class, but for those left out."""
         for number in self.ids(kind.TYPE):
+            if number in leave_out:
+                continue
             record = self.record(number)
             assert isinstance(record, kind)
             yield number, int(self.directory[number - 1]["parent"]), record

@@ -184,6 +184,8 @@ def gather(
             return found, len(lineage), True
         found.append(OwnLayer(index, level))
         level += 1
+    if salvage and level >= len(lineage) and not lineage.entries[-1].full:
+        found.append(LostLayer(len(lineage) - 1))  # the rest of the lineage is
     return found, level, level >= len(lineage)
 
 

@@ -45,6 +45,11 @@ class MergedPages:
         self._spaces: dict[tuple[int, int], list[Layer]] = {}
 
     @property
+    def damaged(self) -> Set[int]:
+        """The records of the newest image that are passed over."""
+        return (self._salvage or {}).get(self.image.entry.epoch, frozenset())
+
+    @property
     def spaces(self) -> list[int]:
         """The spaces that exist in this epoch, ascending."""
         return self.image.spaces
@@ -94,13 +99,15 @@ class MergedPages:
         """Replace inherited places by those they stand for. Each step is one image further back,
         so that it ends."""
         for at, level, origin in _groups(levels, places, inherited):
-            if level + 1 >= len(self.lineage):
-                raise ImageDamaged(f"{self.lineage[level].path}: inherits pages from no parent")
-            levels[at], places[at] = self._locate(origin, pages[at], level + 1)
-            if (levels[at] == NOWHERE).any():
-                raise ImageDamaged(
-                    f"{self.lineage[level].path}: inherits pages that space {origin} has not"
-                )
+            where = self.lineage.entries[level].name
+            if level + 1 < len(self.lineage):
+                levels[at], places[at] = self._locate(origin, pages[at], level + 1)
+            else:
+                levels[at] = NOWHERE
+            nowhere = at[levels[at] == NOWHERE]
+            if len(nowhere) and self._salvage is None:
+                raise ImageDamaged(f"{where} inherits pages that space {origin} has not")
+            places[nowhere] = place(LOST)
 
     def _lose(self, levels: Levels, places: U64, salvage: Salvage) -> None:
         stored = np.flatnonzero(kinds(places) == PageKind.STORED)

@@ -13,6 +13,7 @@ from crtrace.image.epoch import Epoch
 from crtrace.image.filepool import FilePool
 from crtrace.image.imagefile import Image
 from crtrace.image.lineage import Lineage
+from crtrace.image.merged import Salvage
 
 __all__ = ["Chain", "Epoch", "Image"]
 
@@ -131,17 +132,26 @@ class Chain:
             )
         return other
 
-    def lineage(self, entry: IndexEntry) -> Lineage:
+    def lineage(self, entry: IndexEntry, *, salvage: bool = False) -> Lineage:
         """The image of an entry, its parent's, and so on to a full one, opened when used.
 
         Raises ``ChainIncomplete`` when the index lacks one, ``ImageDamaged`` when one is not the
-        one that was built upon.
+        one that was built upon; with ``salvage`` the lineage ends there.
         """
         entries = [entry]
-        while parent := self.parent(entries[-1]):
-            entries.append(parent)
+        try:
+            while parent := self.parent(entries[-1]):
+                entries.append(parent)
+        except (ChainIncomplete, ImageDamaged):
+            if not salvage:
+                raise
         return Lineage(entries, self.image)
 
-    def epoch(self, number: int = -1) -> Epoch:
-        """An epoch with everything it needs; negative numbers count from the end."""
-        return Epoch(self.lineage(self.entry(number)))
+    def epoch(self, number: int = -1, salvage: Salvage | None = None) -> Epoch:
+        """An epoch with everything it needs; negative numbers count from the end.
+
+        With ``salvage``, the records that ``verify`` found damaged, pages that cannot be known are
+        marked so and everything else is read.
+        """
+        lineage = self.lineage(self.entry(number), salvage=salvage is not None)
+        return Epoch(lineage, salvage)

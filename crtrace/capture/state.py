@@ -207,6 +207,10 @@ def _or_empty(read: Callable[[], bytes]) -> bytes:
         return b""
 
 
+MAX_CMDLINE = 8 << 20
+"""More than ``execve`` takes; but a process may say that its arguments are all of its memory."""
+
+
 def _task(process: Process, stat: Stat) -> Task:
     status = parse_status(_or_empty(lambda: process.read("status")).decode(errors="replace"))
     return Task(
@@ -217,7 +221,7 @@ def _task(process: Process, stat: Stat) -> Task:
         ns_pids=tuple(int(n) for n in status.get("NSpid", str(process.pid)).split()),
         comm=stat.comm, cwd=process.readlink("cwd"), root=process.readlink("root"),
         cgroup=_or_empty(lambda: process.read("cgroup")).decode(errors="replace").strip(),
-        cmdline=_or_empty(lambda: process.read("cmdline")),
+        cmdline=_or_empty(lambda: process.read("cmdline", MAX_CMDLINE)),
         namespaces=_namespaces(process),
     )  # fmt: skip
 

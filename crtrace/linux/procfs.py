@@ -8,6 +8,7 @@ import re
 import select
 import signal
 import struct
+import sys
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -241,13 +242,14 @@ class Process:
         except OSError as error:
             raise self.explain(error, name) from error
 
-    def read(self, name: str) -> bytes:
-        """All of ``/proc/PID/name``."""
+    def read(self, name: str, limit: int = sys.maxsize) -> bytes:
+        """``/proc/PID/name``, the first ``limit`` bytes at most."""
         fd = self.open(name)
         try:
             parts = []
-            while part := os.read(fd, 1 << 20):
+            while part := os.read(fd, min(1 << 20, limit)):
                 parts.append(part)
+                limit -= len(part)
             return b"".join(parts)
         except OSError as error:
             raise self.explain(error, name) from error

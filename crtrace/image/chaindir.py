@@ -137,6 +137,8 @@ class ChainDir:
         except OSError as error:
             if error.errno == errno.ELOOP:
                 raise ImageDamaged(f"{path} is a symbolic link, expected a file") from error
+            if error.errno in (errno.ENXIO, errno.ENODEV):
+                raise ImageDamaged(f"{path} is no regular file") from error
             explain(error, "opening", path)
         if not stat.S_ISREG(os.fstat(fd).st_mode):
             os.close(fd)

@@ -9,6 +9,9 @@ from typing import Any
 from crtrace.errors import ImageDamaged
 
 U32 = struct.Struct("<I")
+MAX_LISTED = 1024
+"""Most things in a list within a record. The kernel has 32 levels of PID namespaces, 8 kinds of
+namespaces and fewer register sets; as Python objects, a list takes many times its bytes."""
 
 
 def blob(data: bytes, align: int = 4) -> bytes:
@@ -34,6 +37,16 @@ def encode(value: str) -> bytes:
 def decode(data: bytes) -> str:
     """Bytes to text, losing nothing."""
     return data.decode("utf-8", "surrogateescape")
+
+
+def whole_name(data: bytes, where: str) -> bytes:
+    """The bytes of a name, in which Linux has no zero: what follows one would be another name.
+
+    Raises ``ImageDamaged``.
+    """
+    if b"\0" in data:
+        raise ImageDamaged(f"{where}: a name has a zero byte in it")
+    return data
 
 
 class Cursor:
@@ -74,8 +87,10 @@ class Cursor:
         return number
 
     def count(self, row: int, what: str) -> int:
-        """A count of things that take at least ``row`` bytes each."""
+        """A count of things that take at least ``row`` bytes each, at most ``MAX_LISTED``."""
         number = self.u32()
+        if number > MAX_LISTED:
+            raise ImageDamaged(f"{self.where}: {number} {what}, expected at most {MAX_LISTED}")
         if number * row > self.left:
             raise ImageDamaged(f"{self.where}: {number} {what} do not fit in {self.left} bytes")
         return number
@@ -89,7 +104,7 @@ class Cursor:
 
     def text(self) -> str:
         """The next text."""
-        return decode(self.blob())
+        return decode(whole_name(self.blob(), self.where))
 
     def u32s(self) -> tuple[int, ...]:
         """The next list of 32-bit numbers."""

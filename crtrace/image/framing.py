@@ -27,7 +27,7 @@ SUMMARY_HEAD = struct.Struct("<IIQQQQ")
 TAIL_SIZE = HEADER.size + TAIL.size
 MAX_CHUNK = 16 + 8 * CHUNK_PAGES + CHUNK_BYTES
 MAX_PAYLOAD = 256 << 20
-"""Longest payload that is read as a whole; page index and directory have their own rules."""
+"""Longest payload that is read as a whole; a page index, which is not, may be longer."""
 
 DIRECTORY_ROW = np.dtype(
     [
@@ -40,6 +40,10 @@ DIRECTORY_ROW = np.dtype(
         ("checksum", "<u8"),
     ]
 )
+
+
+MAX_RECORDS = MAX_PAYLOAD // DIRECTORY_ROW.itemsize - 2
+"""Most records before the directory, which is read as a whole, too."""
 
 
 class RecordType(IntEnum):
@@ -60,6 +64,26 @@ class RecordType(IntEnum):
     DIRECTORY = 13
     TAIL = 14
     SUMMARY = 15
+
+
+MAX_PAYLOADS: dict[int, int] = {
+    RecordType.PAGE_INDEX: 1 << 63,  # read in pieces, so any that a file can hold
+    RecordType.IMAGE: 1 << 20,
+    RecordType.ARCH: 1 << 20,
+    RecordType.TASK: 16 << 20,
+    RecordType.MM: 1 << 20,
+    RecordType.THREAD: 1 << 20,
+    RecordType.CPU: 1 << 20,
+    RecordType.CHUNK: MAX_CHUNK,
+    RecordType.STATS: 4 << 20,
+}
+"""Longest payloads of some types: what is read becomes Python objects, which take many times as
+much, so that no type may be longer than it has a reason to be."""
+
+
+def max_payload(kind: int) -> int:
+    """The longest payload of a record type."""
+    return MAX_PAYLOADS.get(kind, MAX_PAYLOAD)
 
 
 class Record(Protocol):

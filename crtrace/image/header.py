@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -14,6 +15,9 @@ from crtrace.image.framing import IMAGE_MAGIC, MAJOR, MINOR, RecordType
 NO_ID = bytes(16)
 NO_EPOCH = 2**64 - 1
 FULL, INCREMENTAL = 0, 1
+MAX_DEPTH = 32
+"""How deep the values of the statistics may be nested: as deep as that, all can be printed."""
+MAX_NUMBER = 2**64
 VERSION = struct.Struct("<8sII")
 
 
@@ -102,9 +106,45 @@ class Stats:
     def unpack(cls, data: bytes, where: str) -> Self:
         """Raises ``ImageDamaged`` when it is no JSON object."""
         try:
-            fields = json.loads(data)
+            fields = json.loads(str(data, "utf-8"))
         except (ValueError, RecursionError) as error:
             raise ImageDamaged(f"{where}: statistics are no JSON: {error}") from error
         if not isinstance(fields, dict):
             raise ImageDamaged(f"{where}: statistics are no JSON object")
+        if wrong := _wrong_values(fields) or _wrong_fields(fields):
+            raise ImageDamaged(f"{where}: statistics: {wrong}")
         return cls(fields)
+
+
+def _wrong_values(fields: dict[str, Any]) -> str:
+    """What cannot be printed as JSON again; nothing: an empty text."""
+    layer: list[Any] = [fields]
+    for _ in range(MAX_DEPTH):
+        numbers = (value for value in layer if isinstance(value, int | float))
+        # Not a number is not smaller than anything either.
+        if not all(abs(number) < MAX_NUMBER for number in numbers):
+            return "a number is too large or none"
+        layer = [inner for value in layer for inner in _inside(value)]
+        if not layer:
+            return ""
+    return f"nested more than {MAX_DEPTH} deep"
+
+
+def _inside(value: Any) -> Iterable[Any]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
+
+
+def _wrong_fields(fields: dict[str, Any]) -> str:
+    """What is not as those who print the statistics expect; nothing: an empty text."""
+    limits = fields.get("limits", [])
+    if not isinstance(limits, list) or not all(isinstance(limit, str) for limit in limits):
+        return "limits is no list of texts"
+    if not isinstance(fields.get("paid", {}), dict):
+        return "paid is no object"
+    times = {name: value for name, value in fields.items() if name.endswith("_time")}
+    for name, value in times.items():
+        if value is not None and not isinstance(value, int | float):
+            return f"{name} is no number"
+    return ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from crtrace.errors import ImageDamaged
-from crtrace.image.fields import Cursor
+from crtrace.image.fields import Cursor, decode, whole_name
+from crtrace.image.framing import MAX_PAYLOAD
 
 TABLE = struct.Struct("<IIQ")
 
@@ -34,10 +35,55 @@ def pack_table(row: struct.Struct, rows: Iterable[tuple[Any, ...]], heap: Heap) 
     return head + packed + bytes(heap.data)
 
 
+class Strings:
+    """The byte strings of a table that was read.
+
+    Rows share them, so few bytes can stand for many. Different strings must not overlap, or a
+    heap could become a multiple of itself in memory; and what all rows name, shared or not, is
+    limited as well, since it is printed for each. Methods raise ``ImageDamaged``.
+    """
+
+    def __init__(self, heap: bytes, where: str) -> None:
+        self._heap = heap
+        self._where = where
+        self._known: dict[tuple[int, int], bytes] = {}
+        self._texts: dict[tuple[int, int], str] = {}
+        self._different = self._named = 0
+
+    def get(self, offset: int, length: int) -> bytes:
+        """``length`` bytes from ``offset``."""
+        self._named += length
+        key = offset, length
+        if key not in self._known:
+            self._different += length
+            self._known[key] = self._cut(offset, length)
+        if self._named > MAX_PAYLOAD:
+            raise ImageDamaged(f"{self._where}: rows name more than {MAX_PAYLOAD} bytes of text")
+        return self._known[key]
+
+    def _cut(self, offset: int, length: int) -> bytes:
+        if offset + length > len(self._heap):
+            raise ImageDamaged(
+                f"{self._where}: {length} bytes at {offset:#x} are outside of a heap of "
+                f"{len(self._heap)}"
+            )
+        if self._different > len(self._heap):
+            raise ImageDamaged(f"{self._where}: different byte strings overlap in the heap")
+        return self._heap[offset : offset + length]
+
+    def text(self, offset: int, length: int) -> str:
+        """The same as a name."""
+        data = self.get(offset, length)
+        key = offset, length
+        if key not in self._texts:
+            self._texts[key] = decode(whole_name(data, self._where))
+        return self._texts[key]
+
+
 def unpack_table(
     data: bytes, where: str, row: struct.Struct
-) -> tuple[list[tuple[Any, ...]], Callable[[int, int], bytes]]:
-    """The rows of a table, and a function that gets a byte string of its heap.
+) -> tuple[list[tuple[Any, ...]], Strings]:
+    """The rows of a table, and the byte strings of its heap.
 
     Raises ``ImageDamaged`` when something does not fit; rows may be longer than this reader knows.
     """
@@ -47,12 +93,5 @@ def unpack_table(
         raise ImageDamaged(f"{where}: rows are {size} bytes, expected at least {row.size}")
     rows = cursor.raw(count * size, f"table of {count} rows")
     heap = cursor.raw(heap_length, "heap")
-
-    def get(offset: int, length: int) -> bytes:
-        if offset + length > len(heap):
-            raise ImageDamaged(
-                f"{where}: {length} bytes at {offset:#x} are outside of a heap of {len(heap)}"
-            )
-        return heap[offset : offset + length]
-
-    return [row.unpack_from(rows, at) for at in range(0, count * size, size)], get
+    unpacked = [row.unpack_from(rows, at) for at in range(0, count * size, size)]
+    return unpacked, Strings(heap, where)

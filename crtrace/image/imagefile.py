@@ -19,7 +19,6 @@ from crtrace.image.framing import (
     DIRECTORY_ROW,
     HEADER,
     INDEX_HEAD,
-    MAX_CHUNK,
     MAX_PAYLOAD,
     TAIL,
     TAIL_MAGIC,
@@ -27,6 +26,7 @@ from crtrace.image.framing import (
     RecordHeader,
     RecordType,
     Tail,
+    max_payload,
     padding,
     type_name,
 )
@@ -39,11 +39,12 @@ from crtrace.image.tables import Files, Vmas
 
 SLICE = 1 << 20
 
-RECORDS = {
+AnyRecord = ImageHeader | Arch | Task | Mm | Vmas | Files | Thread | Cpu | Unreadable | Stats
+
+RECORDS: dict[int, type[AnyRecord]] = {
     kind.TYPE: kind
     for kind in (ImageHeader, Arch, Task, Mm, Vmas, Files, Thread, Cpu, Unreadable, Stats)
 }
-AnyRecord = ImageHeader | Arch | Task | Mm | Vmas | Files | Thread | Cpu | Unreadable | Stats
 T = TypeVar("T", ImageHeader, Arch, Task, Mm, Vmas, Files, Thread, Cpu, Unreadable, Stats)
 
 
@@ -103,7 +104,7 @@ class Image:
         header = RecordHeader.unpack(self.read(0, HEADER.size))
         if header.type != RecordType.IMAGE or header.length > self.entry.length - HEADER.size:
             raise ImageDamaged(f"{self.path}: does not begin with an IMAGE record")
-        payload = self.read(HEADER.size, min(header.length, MAX_PAYLOAD))
+        payload = self.read(HEADER.size, min(header.length, max_payload(RecordType.IMAGE)))
         where = f"{self.path}: IMAGE 1 at offset 0x0"
         _check_sum(header, payload, where)
         ImageHeader.unpack(payload, where)
@@ -121,7 +122,8 @@ class Image:
         tail = Tail(*fields)
         end = tail.directory_offset + HEADER.size + tail.directory_length
         rows, rest = divmod(tail.directory_length, DIRECTORY_ROW.itemsize)
-        if tail.file_length != length or end != offset or rest:
+        fits = end == offset and tail.directory_length <= MAX_PAYLOAD
+        if tail.file_length != length or not fits or rest:
             raise ImageDamaged(f"{where}: directory or file length do not fit the file")
         expected = (RecordType.TAIL, 0, TAIL.size, rows + 2, 0)
         if (header.type, header.flags, header.length, header.id, header.parent) != expected:
@@ -219,8 +221,7 @@ class Image:
     def payload(self, number: int) -> bytes:
         """The whole checked payload of a record."""
         row = self.directory[number - 1]
-        limit = MAX_CHUNK if row["type"] == RecordType.CHUNK else MAX_PAYLOAD
-        if row["length"] > limit:
+        if row["length"] > max_payload(int(row["type"])):
             raise ImageDamaged(f"{self.where(number)}: payload of {row['length']} bytes")
         header = self.check_header(number)
         data = self.span(number, 0, header.length)
@@ -239,7 +240,9 @@ class Image:
 
     def record(self, number: int) -> AnyRecord:
         """A record of ``RECORDS`` unpacked."""
-        kind = RECORDS[RecordType(int(self.directory[number - 1]["type"]))]
+        kind = RECORDS.get(int(self.directory[number - 1]["type"]))
+        if kind is None:
+            raise ImageDamaged(f"{self.where(number)}: holds no fields")
         return kind.unpack(self.payload(number), self.where(number))
 
     def records(

@@ -13,6 +13,7 @@ import numpy as np
 from crtrace.errors import ImageDamaged
 from crtrace.image.fields import Cursor
 from crtrace.image.framing import RecordType
+from crtrace.image.places import PAGE_LIMIT
 from crtrace.units import U64, intersect
 
 UNREADABLE_ROW = struct.Struct("<IiQQII")
@@ -48,26 +49,43 @@ class Unreadable:
     rows: tuple[UnreadableRange, ...]
 
     def pack(self) -> bytes:
-        """The payload."""
+        """The payload. Raises ``ValueError`` for what no reader would take."""
+        if wrong := _misplaced(self.rows):
+            raise ValueError(wrong)
         rows = [(r.space, r.errno, r.first, r.count, r.reason, 0) for r in self.rows]
         head = struct.pack("<II", len(rows), UNREADABLE_ROW.size)
         return head + b"".join(UNREADABLE_ROW.pack(*row) for row in rows)
 
     @classmethod
     def unpack(cls, data: bytes, where: str) -> Self:
-        """Raises ``ImageDamaged`` when the rows do not fit."""
+        """Raises ``ImageDamaged`` when the rows do not fit or are out of order."""
         cursor = Cursor(data, where)
         count, size = cursor.u32(), cursor.u32()
         if size < UNREADABLE_ROW.size or size % 8:
             raise ImageDamaged(f"{where}: rows are {size} bytes, expected {UNREADABLE_ROW.size}")
         data = cursor.raw(count * size, f"table of {count} rows")
         rows = (UNREADABLE_ROW.unpack_from(data, at) for at in range(0, count * size, size))
-        return cls(
-            tuple(
-                UnreadableRange(space=space, first=first, count=pages, errno=errno, reason=reason)
-                for space, errno, first, pages, reason, _ in rows
-            )
+        ranges = tuple(
+            UnreadableRange(space=space, first=first, count=pages, errno=errno, reason=reason)
+            for space, errno, first, pages, reason, _ in rows
         )
+        if wrong := _misplaced(ranges):
+            raise ImageDamaged(f"{where}: {wrong}")
+        return cls(ranges)
+
+
+def _misplaced(ranges: tuple[UnreadableRange, ...]) -> str:
+    """What is wrong with the order of ranges; nothing: an empty text."""
+    reach = 0, 0
+    for row in ranges:
+        end = row.first + row.count
+        if not row.count or end > PAGE_LIMIT or (row.space, row.first) < reach:
+            return (
+                f"pages {row.first:#x}-{end:#x} of space {row.space} are none, "
+                "beyond 2^52 or out of order"
+            )
+        reach = row.space, end
+    return ""
 
 
 def narrowed(rows: Iterable[UnreadableRange], pages: U64) -> Iterator[UnreadableRange]:

@@ -15,11 +15,13 @@ from crtrace.image.chaindir import PART, ChainDir, explained
 from crtrace.image.framing import (
     DIRECTORY_ROW,
     HEADER,
+    MAX_RECORDS,
     TAIL_SIZE,
     Part,
     RecordHeader,
     RecordType,
     Tail,
+    max_payload,
     padding,
 )
 
@@ -48,6 +50,10 @@ class RecordFile:
         length = sum(memoryview(part).nbytes for part in parts)
         size = HEADER.size + length + padding(length)
         with self._lock:
+            if length > max_payload(kind) or len(self._rows) >= MAX_RECORDS:
+                self._failure = self._failure or CrtraceError(
+                    f"{self._name} would have more records, or longer ones, than may be read"
+                )
             if self._failure:
                 raise self._failure
             offset, number = self._end, len(self._rows) + 1

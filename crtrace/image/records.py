@@ -12,6 +12,7 @@ from crtrace.image.framing import RecordType
 from crtrace.units import PAGE_SIZE
 
 NT_PRSTATUS, NT_PRFPREG, NT_X86_XSTATE = 1, 2, 0x202
+MAX_PID_T = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +96,7 @@ class Task:
         fixed = cursor.take(cls.FIXED)
         pid, ppid, pgid, sid, tty, state, start = fixed[:7]
         ns_pids = cursor.u32s()
+        check_pids((pid, ppid, pgid, sid, *ns_pids), where)
         comm, cwd, root, cgroup = (cursor.text() for _ in range(4))
         cmdline = cursor.blob()
         spaces = [_namespace(cursor) for _ in range(cursor.count(12, "namespaces"))]
@@ -109,6 +111,12 @@ class Task:
 def _namespace(cursor: Cursor) -> tuple[str, int]:
     name = cursor.text()
     return name, cursor.take(struct.Struct("<Q"))[0]
+
+
+def check_pids(numbers: tuple[int, ...], where: str) -> None:
+    """Raise ``ImageDamaged`` for a number that a ``pid_t``, which is signed, cannot have."""
+    if max(numbers) > MAX_PID_T:
+        raise ImageDamaged(f"{where}: {max(numbers)} is no process number")
 
 
 def letter(code: int, where: str) -> str:
@@ -199,6 +207,7 @@ class Thread:
         """Raises ``ImageDamaged`` when a field does not fit."""
         cursor = Cursor(data, where)
         tid, ns_tid, state, _, sigmask, pending, syscall = cursor.take(cls.FIXED)
+        check_pids((tid, ns_tid), where)
         return cls(
             tid=tid, ns_tid=ns_tid, state=letter(state, where), sigmask=sigmask,
             pending=pending, syscall=syscall, comm=cursor.text(),

@@ -8,12 +8,18 @@ from enum import IntEnum, IntFlag
 from typing import ClassVar, Self
 
 from crtrace.errors import ImageDamaged
-from crtrace.image.fields import decode, encode
+from crtrace.image.fields import encode
 from crtrace.image.framing import RecordType
 from crtrace.image.heap import Heap, pack_table, unpack_table
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE
 
 MAX_BUILD_ID = 64
+USER_END = 1 << 56
+"""Where the user's half of 57-bit addresses ends: an x86-64 process has nothing above it but the
+page of ``vsyscall``."""
+VSYSCALL = 0xFFFF_FFFF_FF60_0000
+OBJECT_END = 1 << 63
+"""Where the largest object that the kernel makes ends."""
 
 
 class VmaFlag(IntFlag):
@@ -134,11 +140,11 @@ class Vmas:
     @classmethod
     def unpack(cls, data: bytes, where: str) -> Self:
         """Raises ``ImageDamaged`` when a mapping is empty, unaligned or overlaps the next."""
-        rows, name = unpack_table(data, where, VMA_ROW)
+        rows, strings = unpack_table(data, where, VMA_ROW)
         vmas = tuple(
             Vma(
                 start=start, end=end, pgoff=pgoff, flags=flags, kind=kind, file=file,
-                object_space=space, name=decode(name(at, length)),
+                object_space=space, name=strings.text(at, length),
             )
             for start, end, pgoff, flags, kind, file, space, at, length in rows
         )  # fmt: skip
@@ -157,6 +163,10 @@ def _misplaced(vmas: tuple[Vma, ...]) -> str:
                 f"mapping {vma.start:#x}-{vma.end:#x} at {vma.pgoff:#x} is unaligned, "
                 f"empty or begins before {reach:#x}"
             )
+        if vma.end > USER_END and (vma.start, vma.pages) != (VSYSCALL, 1):
+            return f"mapping {vma.start:#x}-{vma.end:#x} is where no x86-64 process has one"
+        if vma.object_space and vma.pgoff + vma.end - vma.start > OBJECT_END:
+            return f"mapping {vma.start:#x}-{vma.end:#x} at {vma.pgoff:#x} is beyond its object"
         reach = vma.end
     return ""
 
@@ -186,11 +196,11 @@ class Files:
     @classmethod
     def unpack(cls, data: bytes, where: str) -> Self:
         """Raises ``ImageDamaged`` when an id is 0 or there twice, or a build id too long."""
-        rows, get = unpack_table(data, where, FILE_ROW)
+        rows, strings = unpack_table(data, where, FILE_ROW)
         files = tuple(
             FileInfo(
                 id=r[0], flags=r[1], dev=r[2], inode=r[3], size=r[4], mtime_ns=r[5],
-                object_space=r[6], path=decode(get(r[7], r[8])), build_id=get(r[9], r[10]),
+                object_space=r[6], path=strings.text(r[7], r[8]), build_id=strings.get(r[9], r[10]),
             )
             for r in rows
         )  # fmt: skip

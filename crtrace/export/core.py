@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import groupby
+from itertools import groupby, islice
 from typing import NamedTuple
 
 from crtrace.errors import CrtraceError, UsageError
@@ -30,6 +30,10 @@ PN_XNUM = 0xFFFF
 MAX_ZEROS = 64 << 30
 """Zeros longer than this get no bytes in the file, which could grow beyond what file systems
 allow: address sanitizers reserve terabytes."""
+
+
+MAX_SEGMENTS = 1 << 20
+"""More would take much memory here, and debuggers would not take them."""
 
 
 class Segment(NamedTuple):
@@ -74,7 +78,7 @@ def export_core(
     if epoch.arch and epoch.arch.machine != "x86_64":
         raise CrtraceError(f"cores of {epoch.arch.machine} cannot be written")
     notes = core_notes(epoch, task)
-    segments = list(_segments(epoch, task))
+    segments = _all_segments(epoch, task)
     with sparse_file(path) as out:
         _write_head(out, notes, segments)
         ranges, end = [], _data_start(notes, segments)
@@ -103,6 +107,17 @@ def find_task(epoch: Epoch, pid: int | None) -> TaskView:
     known = ", ".join(str(view.task.pid) for view in epoch.tasks) or "none"
     wanted = "a task" if pid is None else f"pid {pid}"
     raise UsageError(f"the epoch does not have {wanted}; it has: {known}")
+
+
+def _all_segments(epoch: Epoch, task: TaskView) -> list[Segment]:
+    segments = list(islice(_segments(epoch, task), MAX_SEGMENTS + 1))
+    if len(segments) > MAX_SEGMENTS:
+        # Many mappings of one object can make any number of segments out of few bytes.
+        raise CrtraceError(
+            f"the core of pid {task.task.pid} would have more than {MAX_SEGMENTS} segments",
+            hint="--format raw has no such limit",
+        )
+    return segments
 
 
 def _segments(epoch: Epoch, task: TaskView) -> Iterator[Segment]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from crtrace.errors import CrtraceError
 from crtrace.image.epoch import Epoch, TaskView, ThreadView
+from crtrace.image.fields import encode
 from crtrace.image.records import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Task
 from crtrace.image.tables import FileFlag, FileInfo
 from crtrace.units import PAGE_SIZE
@@ -20,6 +21,8 @@ PRSTATUS = struct.Struct("<iiihxxQQiiii64x216sixxxx")
 PRPSINFO = struct.Struct("<bbbbxxxxQIIiiii16s80s")
 STATES = "RSDTZW"
 USER_REGS = 27 * 8
+MAX_NAMES = 64 << 20
+"""Most bytes of paths in NT_FILE, which has one for each mapping; the kernel stops at 4 MiB."""
 SIGINFO_SIZE = 128
 FXSAVE_USED = 464
 """Bytes of the floating-point registers. In what follows, the extended state says which parts it
@@ -107,7 +110,7 @@ def _prstatus(ids: Ids, view: ThreadView) -> bytes:
 def _prpsinfo(task: Task, ids: Ids) -> bytes:
     state = max(STATES.find(task.state), 0)
     arguments = task.cmdline[:79].replace(b"\0", b" ")
-    name = task.comm.encode("utf-8", "surrogateescape")[:15]
+    name = encode(task.comm)[:15]
     return PRPSINFO.pack(
         state, ord(STATES[state]), task.state == "Z", 0, 0, task.uid[0], task.gid[0],
         *ids, name, arguments,
@@ -117,11 +120,15 @@ def _prpsinfo(task: Task, ids: Ids) -> bytes:
 def _file_note(epoch: Epoch, task: TaskView) -> bytes:
     """Which file is mapped where: this is how a debugger finds the libraries."""
     rows, names = [], []
+    left = MAX_NAMES
+    paths = {key: encode(_name(file)) + b"\0" for key, file in epoch.files.items()}
     for vma in task.vmas:
-        file = epoch.files.get(vma.file)
-        if file:
+        if path := paths.get(vma.file):
             rows.append(struct.pack("<QQQ", vma.start, vma.end, vma.pgoff // PAGE_SIZE))
-            names.append(_name(file).encode("utf-8", "surrogateescape") + b"\0")
+            names.append(path)
+            left -= len(path)
+            if left < 0:
+                raise CrtraceError(f"the paths of mapped files take more than {MAX_NAMES} bytes")
     return struct.pack("<QQ", len(rows), PAGE_SIZE) + b"".join(rows) + b"".join(names)
 
 

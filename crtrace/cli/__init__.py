@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import sys
@@ -42,6 +43,10 @@ def main() -> None:
     """Run a command and exit as DESIGN.md's table of exit codes says."""
     if os.environ.get("CRTRACE_DEBUG"):
         _log_to_stderr()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks is no reason to fail.
+            stream.reconfigure(errors="backslashreplace")
     try:
         # Not cli.main(): it would take a closed pipe for a failure.
         with cli.make_context("crtrace", sys.argv[1:]) as context:

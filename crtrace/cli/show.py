@@ -41,7 +41,8 @@ def show(chain: Path, epoch: int, as_json: bool) -> None:
         return
     kind = "full" if facts["full"] else f"builds on epoch {facts['parent_epoch']}"
     click.echo(
-        f"epoch {facts['epoch']} ({facts['reason']}), {kind}; Linux {printable(facts['kernel'])} "
+        f"epoch {facts['epoch']} ({printable(facts['reason'])}), {kind}; "
+        f"Linux {printable(facts['kernel'])} "
         f"on {printable(facts['hostname'])}; tracked by {printable(facts['armer'])}"
     )
     for task in facts["tasks"]:

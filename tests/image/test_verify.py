@@ -17,7 +17,7 @@ from crtrace.analyze.verify import Report, verify
 from crtrace.errors import ChainIncomplete, CrtraceError, FormatTooNew, ImageDamaged, UsageError
 from crtrace.image.places import LOST, PageKind
 from crtrace.image.reader import Chain
-from crtrace.image.records import Mm
+from crtrace.image.records import Mm, Task
 from crtrace.image.store import ChainWriter
 from tests.image.support import (
     SPACE,
@@ -74,7 +74,7 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
     with ChainWriter.open(path, create=True) as writer:
         for pages in ({16: page(1), 17: ZERO}, {16: page(2)}):
             with writer.begin() as image:
-                image.add(Mm(space=SPACE))
+                image.add(Mm(space=SPACE), parent=image.add(Task(pid=1)))
                 write(image, pages)
                 image.mark_holes(SPACE, numbers([17]))
                 image.commit({})

@@ -30,7 +30,7 @@ from crtrace.image.framing import (
     padding,
     type_name,
 )
-from crtrace.image.header import ImageHeader, Stats
+from crtrace.image.header import NO_ID, ImageHeader, Stats
 from crtrace.image.losses import Unreadable
 from crtrace.image.pageindex import PageIndex, SummaryPart
 from crtrace.image.places import PAGE_LIMIT
@@ -296,12 +296,12 @@ class Image:
 
     def check_parent(self, parent: Image) -> None:
         """Raise ``ImageDamaged`` unless this image was made on top of that one."""
-        answers = parent.tail.image_hash, parent.header.replaced_hash
+        answers = {parent.tail.image_hash, parent.header.replaced_hash} - {NO_ID}
         if self.header.parent_id != parent.header.image_id:
             raise ImageDamaged(f"{self.path}: made on top of another image than {parent.path}")
         if self.header.parent_hash not in answers:
             raise ImageDamaged(
-                f"{self.path}: parent's image hash is {answers[0].hex()}, expected "
+                f"{self.path}: parent's image hash is {parent.tail.image_hash.hex()}, expected "
                 f"{self.header.parent_hash.hex()}"
             )
 

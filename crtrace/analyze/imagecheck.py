@@ -148,8 +148,6 @@ class _ImageCheck:
         image, row = self.image, self.image.directory[number - 1]
         if any(image.padding(number)):
             self._add(number, f"{image.where(number)}: padding is not zero")
-        if not row["parent"] < number:
-            self._add(number, f"{image.where(number)}: belongs to the later {row['parent']}")
         if row["type"] == RecordType.CHUNK:
             window.add(number, hash_pages(image.chunk(number).data))
         elif row["type"] in RECORDS:

@@ -163,6 +163,7 @@ def _check_epoch(
     name = entry.name
     try:
         image = chain.image(entry)
+        image.check_parents()
     except (ImageDamaged, ChainIncomplete) as error:
         missing = isinstance(error, ChainIncomplete)
         report.damage.append(Damage(file=name, message=str(error), epochs=epochs, missing=missing))

@@ -24,13 +24,11 @@ def unpack_directory(payload: bytes, end: int, where: str) -> Directory:
     """The rows of a directory that describes the records from offset 0 up to ``end``.
 
     Raises ``ImageDamaged`` unless ids count from 1 and records lie back to back, ``FormatTooNew``
-    for a record that must not be passed over and is not known. Since a record comes after the one
-    it belongs to, and that one is of the type it must be, following parents ends.
+    for a record that must not be passed over and is not known.
     """
     rows = np.frombuffer(payload, dtype=DIRECTORY_ROW)
     _check_places(rows, end, where)
     _check_types(rows, where)
-    _check_parents(rows, where)
     return rows
 
 
@@ -60,7 +58,9 @@ def _check_types(rows: Directory, where: str) -> None:
         )
 
 
-def _check_parents(rows: Directory, where: str) -> None:
+def check_parents(rows: Directory, where: str) -> None:
+    """Raise ``ImageDamaged`` unless each record comes after the one it belongs to, and that one is
+    of the type it must be: so that following parents ends."""
     parents = rows["parent"]
     if late := np.flatnonzero(parents >= rows["id"]).tolist():
         raise ImageDamaged(f"{where}: record {late[0] + 1} belongs to the later {parents[late[0]]}")

@@ -13,7 +13,7 @@ from xxhash import xxh3_64, xxh3_128_digest
 from crtrace.errors import ImageDamaged
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.chunk import Chunk, unpack_chunk
-from crtrace.image.directory import Directory, unpack_directory
+from crtrace.image.directory import Directory, check_parents, unpack_directory
 from crtrace.image.filepool import FilePool
 from crtrace.image.framing import (
     DIRECTORY_ROW,
@@ -38,6 +38,8 @@ from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
 from crtrace.image.tables import Files, Vmas
 
 SLICE = 1 << 20
+AT_ONCE = 1 << 13
+"""Bytes read from either end of the file when it is opened: often all that is needed then."""
 
 AnyRecord = ImageHeader | Arch | Task | Mm | Vmas | Files | Thread | Cpu | Unreadable | Stats
 
@@ -60,6 +62,7 @@ class Image:
         self.name = entry.name
         self.path = files.directory.path / self.name
         self._files = files
+        self._parents_checked = False
         self._indexes: dict[int, PageIndex] = {}
         self._summaries: dict[int, tuple[SummaryPart, ...]] = {}
         length = os.fstat(files.get(self.name)).st_size
@@ -68,11 +71,21 @@ class Image:
                 f"{self.path}: file length is {length}, expected {entry.length}",
                 hint="cut short or copied incompletely",
             )
-        self._check_version()
+        self._ends: tuple[bytes, int, bytes] = b"", length, b""
+        end = max(length - AT_ONCE, 0)
+        self._ends = self.read(0, min(AT_ONCE, length)), end, self.read(end, length - end)
+        self.header = self._read_header()
         self.tail = self._read_tail(length)
         self.directory = self._read_directory()
-        self.header = self._read_header(chain_id)
+        self._check_header(chain_id)
         self._spaces = self._find_spaces()
+        self._ends = b"", length, b""
+
+    def check_parents(self) -> None:
+        """Raise ``ImageDamaged`` unless every record belongs to an earlier one that can have it."""
+        if not self._parents_checked:
+            check_parents(self.directory, f"{self.path}: DIRECTORY")
+            self._parents_checked = True
 
     @cached_property
     def summary_ids(self) -> dict[int, list[int]]:
@@ -84,6 +97,11 @@ class Image:
 
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file; they must be there."""
+        head, end, tail = self._ends
+        if offset + length <= len(head):
+            return head[offset : offset + length]
+        if offset >= end and tail:
+            return tail[offset - end : offset - end + length]
         parts = []
         while length:
             try:
@@ -97,7 +115,7 @@ class Image:
             offset, length = offset + len(part), length - len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _check_version(self) -> None:
+    def _read_header(self) -> ImageHeader:
         """Another major version is told from damage by what stays the same in all of them."""
         if self.entry.length < HEADER.size + TAIL_SIZE + ImageHeader.FIXED.size:
             raise ImageDamaged(f"{self.path}: {self.entry.length} bytes are no image")
@@ -107,7 +125,7 @@ class Image:
         payload = self.read(HEADER.size, min(header.length, max_payload(RecordType.IMAGE)))
         where = f"{self.path}: IMAGE 1 at offset 0x0"
         _check_sum(header, payload, where)
-        ImageHeader.unpack(payload, where)
+        return ImageHeader.unpack(payload, where)
 
     def _read_tail(self, length: int) -> Tail:
         offset = length - TAIL_SIZE
@@ -151,16 +169,13 @@ class Image:
             )
         return unpack_directory(payload, offset, where)
 
-    def _read_header(self, chain_id: bytes) -> ImageHeader:
-        header = self.record(1)
-        if not isinstance(header, ImageHeader):
-            raise ImageDamaged(f"{self.where(1)}: the first record is no IMAGE")
-        entry = self.entry
+    def _check_header(self, chain_id: bytes) -> None:
+        self.check_header(1)
+        header, entry = self.header, self.entry
         expected = (chain_id, entry.image_id, entry.epoch, entry.full, entry.parent_id)
         found = (header.chain_id, header.image_id, header.epoch, header.full, header.parent_id)
         if found != expected or header.parent_epoch != entry.parent_epoch:
             raise ImageDamaged(f"{self.where(1)}: does not belong to its index entry")
-        return header
 
     def _find_spaces(self) -> dict[int, int]:
         """Space -> id of its page index."""
@@ -249,6 +264,7 @@ class Image:
         self, kind: type[T], leave_out: Container[int] = ()
     ) -> Iterator[tuple[int, int, T]]:
         """Id, parent and contents of every record of a class, but for those left out."""
+        self.check_parents()
         for number in self.ids(kind.TYPE):
             if number in leave_out:
                 continue

@@ -8,7 +8,6 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import numpy as np
 
-from crtrace.errors import ImageDamaged
 from crtrace.image.epoch import Epoch
 from crtrace.image.framing import RecordType
 from crtrace.image.imagefile import RECORDS
@@ -26,13 +25,11 @@ COPIED = RECORDS.keys() - {RecordType.IMAGE, RecordType.UNREADABLE, RecordType.S
 
 def copy_records(epoch: Epoch, image: ImageWriter) -> None:
     """Everything but pages and statistics, as it is."""
+    epoch.image.check_parents()
     numbers = {0: 0}
     for row in epoch.image.directory:
         if row["type"] in COPIED:
             number = int(row["id"])
-            if int(row["parent"]) not in numbers:
-                where = epoch.image.where(number)
-                raise ImageDamaged(f"{where}: belongs to record {row['parent']}")
             record = epoch.image.record(number)
             numbers[number] = image.add(record, parent=numbers[int(row["parent"])])
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import statistics
@@ -43,6 +42,15 @@ FIRST = 1 << 20
 """Number of the first page of chains that are made up."""
 LONG, SHORT = 500, 5
 MIB = 1 << 20
+PEAK = """
+import os, sys
+pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ, file_actions=[
+    (os.POSIX_SPAWN_OPEN, 1, "/dev/null", os.O_WRONLY, 0)])
+_, status, usage = os.wait4(pid, 0)
+print(usage.ru_maxrss, file=sys.stderr)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""A process gets the peak of the one that starts it as its own: so a small one does."""
 Samples = dict[str, list[float]]
 
 
@@ -286,11 +294,11 @@ def memory(gib: int, folder: Path, samples: Samples) -> None:
         "merge": ("merge", path, "--into", folder / "one"),
         "prune": ("prune", path, "--keep", 2),
     }.items():  # fmt: skip
-        child = subprocess.Popen([*run, *map(str, arguments)], stdout=subprocess.DEVNULL)
-        _, status, usage = os.wait4(child.pid, 0)
-        if status:
-            raise SystemExit(f"{name} failed")
-        samples[f"{gib} GiB: {name}, MiB resident"] = [usage.ru_maxrss / 1024]
+        command = [*run, *map(str, arguments)]
+        done = subprocess.run(
+            [sys.executable, "-S", "-c", PEAK, *command], capture_output=True, text=True, check=True
+        )
+        samples[f"{gib} GiB: {name}, MiB resident"] = [int(done.stderr.split()[-1]) / 1024]
 
 
 def fill(writer: ChainWriter, rng: np.random.Generator, total: int) -> None:

@@ -7,11 +7,14 @@ import threading
 import numpy as np
 
 from crtrace.image.places import place
-from crtrace.units import U64, Bools
+from crtrace.units import CHUNK_PAGES, U64, Bools
 
-FIRST_SLOTS = 1 << 12
+FIRST_SLOTS = 1 << 15
 MOST = 1 << 20
-"""Different contents remembered in one epoch: 4 GiB of them, in 32 MiB."""
+"""Different contents remembered in one epoch: 4 GiB of them, in 40 MiB."""
+
+_FIRST = np.arange(CHUNK_PAGES, dtype=np.uint64) << np.uint64(32)
+"""The places of the slots of a chunk 0."""
 
 Slots = np.ndarray[tuple[int], np.dtype[np.intp]]
 
@@ -26,7 +29,7 @@ class StoredContents:
         self._lock = threading.Lock()
         self._slots = np.zeros(FIRST_SLOTS, dtype=np.uint32)
         """Open addressing: the number of an entry, from 1; 0 is free."""
-        self._high, self._low, self._places = np.empty((3, FIRST_SLOTS // 2), dtype=np.uint64)
+        self._high, self._low, self._places = np.empty((3, FIRST_SLOTS // 4), dtype=np.uint64)
         self._count = 0
 
     def claim(self, hashes: U64, chunk: int) -> tuple[U64, Bools]:
@@ -34,53 +37,79 @@ class StoredContents:
         place of each, and which must be stored there, in their order; the others are elsewhere.
         """
         high, low = hashes[:, 0].copy(), hashes[:, 1].copy()
-        # Which repeat the one before them, in the order of their hashes.
-        order = np.argsort(high, kind="stable")
-        repeats = np.zeros(len(high), dtype=np.bool_)
-        repeats[1:] = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
-        first = order[~repeats]
+        count = len(high)
         with self._lock:
-            self._make_room(len(first))
-            known, places = self._look_up(high[first], low[first])
-            new: Bools = np.zeros(len(high), dtype=np.bool_)
-            new[first[~known]] = True
-            slots = np.cumsum(new, dtype=np.uint64) - np.uint64(1)
-            fresh = first[~known]
-            places[~known] = (slots[fresh] << np.uint64(32)) + place(0, chunk)
-            self._enter(high[fresh], low[fresh], places[~known])
-        every = np.empty(len(high), dtype=np.uint64)
-        every[order] = places[np.cumsum(~repeats) - 1]
-        return every, new
+            first = self._count
+            if first + count > MOST:
+                return self._find(high, low, chunk)
+            self._make_room(first + count)
+            self._high[first : first + count], self._low[first : first + count] = high, low
+            entries, at = self._enter(high)
+            here = _FIRST[:count] + place(0, chunk)
+            if (entries == np.arange(first, first + count)).all():
+                self._places[first : first + count] = here
+                self._count += count
+                return here, np.ones(count, dtype=np.bool_)
+            return self._share(high, low, chunk, entries, at)
 
-    def _look_up(self, high: U64, low: U64) -> tuple[Bools, U64]:
-        """Which are there, and their places."""
-        known = np.zeros(len(high), dtype=np.bool_)
+    def _share(
+        self, high: U64, low: U64, chunk: int, entries: Slots, at: Slots
+    ) -> tuple[U64, Bools]:
+        """``claim`` where some are there already, or twice: they leave their entries to others."""
+        first = self._count
+        mine = entries == np.arange(first, first + len(high))
+        # Half a hash in common is nothing: such a page is stored for itself, and not entered.
+        new: Bools = mine | (self._low[entries] != low)
+        rank = np.cumsum(mine) - 1
+        here = ((np.cumsum(new, dtype=np.uint64) - np.uint64(1)) << np.uint64(32)) + place(0, chunk)
+        self._count += int(mine.sum())
+        self._high[first : self._count], self._low[first : self._count] = high[mine], low[mine]
+        self._places[first : self._count] = here[mine]
+        self._slots[at[mine]] = first + rank[mine] + 1
+        inside = entries >= first
+        entries[inside] = first + rank[entries[inside] - first]
+        return np.where(new, here, self._places[entries]), new
+
+    def _enter(self, high: U64) -> tuple[Slots, Slots]:
+        """The entry of each, from ``count`` on if it is new, and its slot.
+
+        Of a hash, the first half alone decides.
+        """
+        at = self._home(high)
+        entries, slots = np.empty(len(high), dtype=np.intp), at.copy()
+        todo = np.arange(len(high))
+        while len(todo):
+            free = self._slots[at] == 0
+            # Of several that want the same slot, the first gets it: it is written last.
+            self._slots[at[free][::-1]] = self._count + 1 + todo[free][::-1]
+            found = self._slots[at].astype(np.intp) - 1
+            entries[todo], slots[todo] = found, at
+            on = np.flatnonzero(self._high[found] != high[todo])
+            todo, at = todo[on], self._next(at[on])
+        return entries, slots
+
+    def _find(self, high: U64, low: U64, chunk: int) -> tuple[U64, Bools]:
+        """As ``claim``, with nothing learnt."""
+        new: Bools = np.ones(len(high), dtype=np.bool_)
         places = np.zeros(len(high), dtype=np.uint64)
         todo, at = np.arange(len(high)), self._home(high)
         while len(todo):
-            entry = self._slots[at].astype(np.intp) - 1
-            used = entry >= 0
-            todo, at, entry = todo[used], at[used], entry[used]
-            same = (self._high[entry] == high[todo]) & (self._low[entry] == low[todo])
-            known[todo[same]], places[todo[same]] = True, self._places[entry[same]]
+            found = self._slots[at].astype(np.intp) - 1
+            used = found >= 0
+            todo, at, found = todo[used], at[used], found[used]
+            same = (self._high[found] == high[todo]) & (self._low[found] == low[todo])
+            new[todo[same]], places[todo[same]] = False, self._places[found[same]]
             todo, at = todo[~same], self._next(at[~same])
-        return known, places
+        here = ((np.cumsum(new, dtype=np.uint64) - np.uint64(1)) << np.uint64(32)) + place(0, chunk)
+        return np.where(new, here, places), new
 
-    def _enter(self, high: U64, low: U64, places: U64) -> None:
-        """Add contents that are not there, each once, as long as there is room."""
-        count = min(len(high), MOST - self._count)
-        first, self._count = self._count, self._count + count
-        self._high[first : self._count] = high[:count]
-        self._low[first : self._count] = low[:count]
-        self._places[first : self._count] = places[:count]
-        self._link(np.arange(first, self._count))
-
-    def _link(self, entries: Slots) -> None:
-        at = self._home(self._high[entries])
+    def _link(self) -> None:
+        """Enter everything into slots that are all free."""
+        entries = np.arange(self._count)
+        at = self._home(self._high[: self._count])
         while len(entries):
             free = self._slots[at] == 0
             self._slots[at[free]] = entries[free] + 1
-            # Of several that wanted the same slot, one got it.
             on = self._slots[at] != entries + 1
             entries, at = entries[on], self._next(at[on])
 
@@ -91,15 +120,15 @@ class StoredContents:
         return at + 1 & len(self._slots) - 1
 
     def _make_room(self, count: int) -> None:
-        """Keep at least half of the slots free."""
+        """Keep three quarters of the slots free: most searches then take one step."""
         size = len(self._slots)
-        while min(self._count + count, MOST) > size // 2:
+        while count > size // 4:
             size *= 4
         if size > len(self._slots):
-            columns = np.empty((3, size // 2), dtype=np.uint64)
+            columns = np.empty((3, size // 4), dtype=np.uint64)
             columns[:, : self._count] = [
                 each[: self._count] for each in (self._high, self._low, self._places)
             ]
             self._high, self._low, self._places = columns
             self._slots = np.zeros(size, dtype=np.uint32)
-            self._link(np.arange(self._count))
+            self._link()

@@ -12,7 +12,7 @@ import numpy as np
 from crtrace.errors import CrtraceError
 from crtrace.image.chaindir import ChainDir, image_name
 from crtrace.image.chainindex import IS_FULL, EntryMayExist, IndexEntry
-from crtrace.image.codec import ZERO_PAGE_HASH, as_bytes, compress, hash_pages
+from crtrace.image.codec import ZERO_PAGE_HASH, as_bytes, compress, equal_hashes, hash_pages
 from crtrace.image.contents import StoredContents
 from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, OPTIONAL, Part, Record, RecordType
 from crtrace.image.header import ImageHeader, Stats
@@ -135,7 +135,7 @@ class ImageWriter:
         pending = self._space(space)
         hashes = hash_pages(data)
         same = _same(self._parents.get(space), pages, hashes)
-        zero = (hashes == ZERO_PAGE_HASH).all(axis=1) & ~same
+        zero = equal_hashes(hashes, ZERO_PAGE_HASH[None]) & ~same
         keep = ~(same | zero)
         if round:
             # It may have been stored in an earlier round, by a thread that is not there yet.
@@ -318,8 +318,7 @@ def _same(known: KnownPages | None, pages: U64, hashes: U64) -> Bools:
     if known is None:
         return np.zeros(len(pages), dtype=np.bool_)
     there, before = known.lookup(pages)
-    same: Bools = there & (before == hashes).all(axis=1)
-    return same
+    return there & equal_hashes(before, hashes)
 
 
 def _spaces_named(record: Record) -> list[int]:

@@ -28,6 +28,7 @@ from crtrace.image.pending import (
 from crtrace.image.places import SAME, PageKind, place
 from crtrace.image.recordfile import RecordFile
 from crtrace.image.records import Mm
+from crtrace.image.spool import Spool
 from crtrace.image.tables import Files, Vmas
 from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bools, Bytes
 
@@ -38,8 +39,8 @@ class Owner(Protocol):
     def enter(self, entry: IndexEntry) -> None:
         """Make the epoch exist; the image is on disk."""
 
-    def learn(self, entry: IndexEntry, settled: dict[int, Entries]) -> None:
-        """Take over what the epoch, which now exists, says of the pages."""
+    def learn(self, entry: IndexEntry, settled: dict[int, Entries] | None) -> None:
+        """Take over what the epoch, which now exists, says of the pages; None: too much to say."""
 
     def abandoned(self) -> None:
         """The epoch will not be."""
@@ -75,6 +76,9 @@ class ImageWriter:
         """The record of each chunk. Until all are written, places name chunks by their turn."""
         self._skipped = self._inherited = self._equal = self._raw = self._stored = 0
         self._open = True
+        self._directory = directory
+        self._spools: dict[int, Spool] = {}
+        self._losses: list[UnreadableRange] = []
         self._file = RecordFile(directory, image_name(header.epoch, generation))
         try:
             self.add(header)
@@ -224,6 +228,22 @@ class ImageWriter:
         with self._lock:
             return self._spaces.setdefault(space, PendingSpace())
 
+    def settle(self, space: int) -> None:
+        """What was said of ``space`` until now holds, and what follows is about later pages.
+
+        So that a page index need not be in memory as a whole. No thread may be writing.
+        """
+        if space not in self._spools:
+            self._spools[space] = Spool(self._directory, space)
+        entries = self._settled(space)
+        self._losses += take_unreadable(space, entries)
+        self._spools[space].append(entries)
+
+    def _settled(self, space: int) -> Entries:
+        entries = self._space(space).settle(self._parents.get(space))
+        entries.number_chunks(np.array(self._chunks, dtype=np.uint64))
+        return entries
+
     def commit(self, stats: dict[str, Any]) -> IndexEntry:
         """Finish the image; when this returns, the epoch exists and survives a power failure.
 
@@ -232,40 +252,42 @@ class ImageWriter:
         """
         self._must_be_open()
         try:
-            settled = {
-                space: pending.settle(self._parents.get(space))
-                for space, pending in sorted(self._spaces.items())
-            }
-            numbers = np.array(self._chunks, dtype=np.uint64)
-            for entries in settled.values():
-                entries.number_chunks(numbers)
+            for space in self._spools:
+                self.settle(space)
+            others = sorted(self._spaces.keys() - self._spools.keys())
+            settled = {space: self._settled(space) for space in others}
             entry = self._publish(settled, stats)
             self._owner.enter(entry)
         except EntryMayExist:
-            self._open = False
-            self._file.close()
+            self._close()
             raise
         except BaseException:
             self.abort()
             raise
-        self._open = False
-        self._file.close()
-        self._owner.learn(entry, settled)
+        self._close()
+        self._owner.learn(entry, None if self._spools else settled)
         return entry
+
+    def _close(self) -> None:
+        self._open = False
+        for spool in self._spools.values():
+            spool.close()
+        self._file.close()
 
     def _must_be_open(self) -> None:
         if not self._open:
             raise CrtraceError(f"epoch {self.header.epoch} is already finished")
 
     def _publish(self, settled: dict[int, Entries], stats: dict[str, Any]) -> IndexEntry:
-        losses: list[UnreadableRange] = []
         for space, entries in settled.items():
-            losses += take_unreadable(space, entries)
+            self._losses += take_unreadable(space, entries)
             self._write_index(space, entries)
+        for spool in self._spools.values():
+            self._file.append(RecordType.PAGE_INDEX, spool)
         for payload in self._owner.summaries(self.header, settled):
             self._file.append(RecordType.SUMMARY, payload, flags=OPTIONAL)
-        if losses:
-            self.add(Unreadable(tuple(losses)))
+        if self._losses:
+            self.add(Unreadable(tuple(sorted(self._losses, key=lambda row: row.space))))
         counts = self._counts(settled)
         stats.update(counts)
         self.add(Stats(stats))
@@ -288,7 +310,9 @@ class ImageWriter:
 
     def _counts(self, settled: dict[int, Entries]) -> dict[str, int]:
         total = {
-            kind: sum(entries.count(kind) for entries in settled.values()) for kind in PageKind
+            kind: sum(entries.count(kind) for entries in settled.values())
+            + sum(spool.counts[kind] for spool in self._spools.values())
+            for kind in PageKind
         }
         return {
             "pages_written": total[PageKind.STORED] + total[PageKind.ZERO],
@@ -308,6 +332,7 @@ class ImageWriter:
             self._open = False
             self._spaces.clear()
             try:
+                self._close()
                 self._file.discard()
             finally:
                 self._owner.abandoned()

@@ -24,6 +24,7 @@ from crtrace.image.framing import (
     max_payload,
     padding,
 )
+from crtrace.image.spool import Spool
 
 
 class RecordFile:
@@ -44,10 +45,10 @@ class RecordFile:
         self._failure: CrtraceError | None = None
 
     def append(
-        self, kind: int, parts: Sequence[Part], *, parent: int = 0, flags: int = 0
+        self, kind: int, parts: Sequence[Part] | Spool, *, parent: int = 0, flags: int = 0
     ) -> tuple[int, int]:
         """Write a record; its id, and the bytes it takes in the file."""
-        length = sum(memoryview(part).nbytes for part in parts)
+        length = parts.nbytes if isinstance(parts, Spool) else sum(map(_size, parts))
         size = HEADER.size + length + padding(length)
         with self._lock:
             if length > max_payload(kind) or len(self._rows) >= MAX_RECORDS:
@@ -76,13 +77,21 @@ class RecordFile:
                 self._lock.notify_all()
         return number, size
 
-    def _place(self, header: RecordHeader, parts: Sequence[Part], offset: int) -> None:
+    def _place(self, header: RecordHeader, parts: Sequence[Part] | Spool, offset: int) -> None:
         header = header.sealed(parts)
         self._rows[header.id - 1] = (
             header.type, header.id, header.parent, header.flags, offset, header.length,
             header.checksum,
         )  # fmt: skip
-        self._write([header.pack(), *parts, bytes(padding(header.length))], offset)
+        if isinstance(parts, Spool):
+            self._write([header.pack()], offset)
+            offset += HEADER.size
+            for part in parts:
+                self._write([part], offset)
+                offset += len(part)
+            self._write([bytes(padding(header.length))], offset)
+        else:
+            self._write([header.pack(), *parts, bytes(padding(header.length))], offset)
 
     def _write(self, parts: Sequence[Part], offset: int) -> None:
         left = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
@@ -128,6 +137,10 @@ class RecordFile:
                 self._directory.remove(name)
             except (CrtraceError, MemoryError):
                 self._directory.remove(name)  # left there, it would be in the next attempt's way
+
+
+def _size(part: Part) -> int:
+    return memoryview(part).nbytes
 
 
 def _after(parts: list[memoryview], done: int) -> list[memoryview]:

@@ -147,8 +147,14 @@ class ChainWriter:
         self.entries.append(entry)
         self._writing = None
 
-    def learn(self, entry: IndexEntry, settled: dict[int, Entries]) -> None:
-        """For ``ImageWriter``: bring ``known`` up to the epoch; other spaces are gone."""
+    def learn(self, entry: IndexEntry, settled: dict[int, Entries] | None) -> None:
+        """For ``ImageWriter``: bring ``known`` up to the epoch; other spaces are gone.
+
+        With None the chain must be opened again for the next epoch.
+        """
+        if settled is None:
+            self.close()
+            return
         before = {} if entry.full else self.known
         self.known = {space: before[space] for space in settled if space in before}
         try:

@@ -37,14 +37,17 @@ def copy_records(epoch: Epoch, image: ImageWriter) -> None:
 def copy_pages(epoch: Epoch, image: ImageWriter, above: int, progress: Progress) -> None:
     """What the newest images of the lineage say, before ``lineage[above]``, on which ``image`` is
     built; all of them for a full image.
-
     """
+    full = above >= len(epoch.lineage)
     with _Writers(image) as writers:
         for space in epoch.spaces:
             for rows in together(_rows(epoch, space, above)):
                 _copy_marks(epoch, image, space, rows)
                 for pages, data in _arrays(epoch.contents_of(rows)):
                     writers.write(space, pages, data)
+                if full:
+                    writers.finish()
+                    image.settle(space)
                 progress(len(rows.pages))
 
 
@@ -115,8 +118,13 @@ class _Writers:
                 each.result()
         self._todo.add(self._pool.submit(self._image.write_pages, space, pages, data))
 
+    def finish(self) -> None:
+        """Wait until all is written. Raises what failed."""
+        for each in self._todo:
+            each.result()
+        self._todo.clear()
+
     def __exit__(self, *error: object) -> None:
         self._pool.shutdown()
         if error[0] is None:
-            for each in self._todo:
-                each.result()
+            self.finish()

@@ -193,7 +193,7 @@ class _Pruning:
         self._new[entry.epoch] = entry
         self._written.append(entry.name)
 
-    def learn(self, entry: IndexEntry, settled: dict[int, Entries]) -> None:
+    def learn(self, entry: IndexEntry, settled: dict[int, Entries] | None) -> None:
         """For ``ImageWriter``."""
 
     def abandoned(self) -> None:

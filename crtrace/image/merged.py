@@ -16,8 +16,8 @@ from crtrace.image.lineage import Levels, Lineage
 from crtrace.image.places import LOST, PAGE_LIMIT, U16, PageKind, chunks, kinds, place, slots
 from crtrace.units import PAGE_SIZE, U64, Bytes
 
-CACHED_CHUNKS = 12
-"""Decompressed chunks kept: 24 MiB at most."""
+CACHED_CHUNKS = 8
+"""Decompressed chunks kept: 16 MiB at most."""
 MERGE_FENCES = 24
 """Fences of the layers between two cuts of a merge: about 24 * 1024 rows at a time."""
 STORED_ROWS = 1 << 16

@@ -20,6 +20,9 @@ from crtrace.units import CHUNK_PAGES, U64, Bytes
 Progress = Callable[[int], None]
 """Called with the number of pages copied since the last call."""
 
+WORKERS = min(4, os.cpu_count() or 1)
+"""Threads that compress; each takes some MiB, and reading is one thread."""
+
 COPIED = RECORDS.keys() - {RecordType.IMAGE, RecordType.UNREADABLE, RecordType.STATS}
 
 
@@ -103,8 +106,7 @@ class _Writers:
 
     def __init__(self, image: ImageWriter) -> None:
         self._image = image
-        self._pool = ThreadPoolExecutor(os.cpu_count() or 1)
-        self._most = 2 * (os.cpu_count() or 1)
+        self._pool = ThreadPoolExecutor(WORKERS)
         self._todo: set[Future[None]] = set()
 
     def __enter__(self) -> _Writers:
@@ -112,7 +114,7 @@ class _Writers:
 
     def write(self, space: int, pages: U64, data: Bytes) -> None:
         """Raises what an earlier call failed with."""
-        if len(self._todo) >= self._most:
+        if len(self._todo) > WORKERS:
             done, self._todo = wait(self._todo, return_when=FIRST_COMPLETED)
             for each in done:
                 each.result()

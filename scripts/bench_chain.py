@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import statistics
@@ -67,19 +68,17 @@ def seconds(work: Callable[[], object]) -> float:
 def plain(path: Path) -> int:
     """Read all images and decompress every chunk in one thread; the bytes of contents."""
     total = 0
-    for file in sorted(path.glob("*.img")):
-        data = file.read_bytes()
-        at = 0
-        while at < len(data):
-            kind, _, length, *_ = HEADER.unpack_from(data, at)
-            if kind == RecordType.CHUNK:
-                payload = memoryview(data)[at + HEADER.size : at + HEADER.size + length]
-                _, count, codec, _ = CHUNK_HEAD.unpack_from(payload)
-                block = payload[CHUNK_HEAD.size + 8 * count :]
-                if codec:
-                    block = lz4.block.decompress(block, uncompressed_size=count * PAGE_SIZE)
-                total += len(block)
-            at += HEADER.size + length + -length % 8
+    for name in sorted(path.glob("*.img")):
+        with name.open("rb", buffering=0) as file:
+            while head := file.read(HEADER.size):
+                kind, _, length, *_ = HEADER.unpack(head)
+                payload = memoryview(file.read(length + -length % 8))[:length]
+                if kind == RecordType.CHUNK:
+                    _, count, codec, _ = CHUNK_HEAD.unpack_from(payload)
+                    block = payload[CHUNK_HEAD.size + 8 * count :]
+                    size = count * PAGE_SIZE
+                    data = lz4.block.decompress(block, uncompressed_size=size) if codec else block
+                    total += len(data)
     return total
 
 
@@ -90,10 +89,26 @@ def check(path: Path) -> None:
             raise SystemExit("the chain is damaged")
 
 
+def read_all(path: Path) -> None:
+    """Every stored page of the newest epoch."""
+    with Chain.open(path) as chain:
+        for _ in chain.epoch().stored(1):
+            pass
+
+
 def export(path: Path, folder: Path) -> None:
-    """The newest epoch as a raw file."""
+    """The newest epoch as a raw file, on disk."""
     with Chain.open(path) as chain:
         export_raw(chain.epoch(), folder / "raw")
+
+
+def write_plainly(size: int, folder: Path) -> None:
+    """A file of that size, on disk."""
+    data = bytes(range(256)) * 4096
+    with (folder / "plain").open("wb", buffering=0) as file:
+        for _ in range(size // len(data)):
+            file.write(data)
+        os.fdatasync(file.fileno())
 
 
 def merged(path: Path, folder: Path) -> None:
@@ -116,9 +131,11 @@ def reading(path: Path, folder: Path, samples: Samples) -> None:
         newest = sum(len(part.pages) for part in chain.epoch().index_parts(1)) * PAGE_SIZE
     samples.setdefault("plain reading with lz4, MiB/s", []).append(raw / MIB / base)
     for name, work, size in (
+        ("reading all pages of an epoch", lambda: read_all(path), newest),
         ("verify", lambda: check(path), raw),
-        ("export raw", lambda: export(path, folder), newest),
-        ("merge, with reading it back", lambda: merged(path, folder), newest),
+        ("writing as much to disk, nothing read", lambda: write_plainly(newest, folder), newest),
+        ("export raw, on disk", lambda: export(path, folder), newest),
+        ("merge, on disk and read back", lambda: merged(path, folder), newest),
     ):
         rate = size / seconds(work)
         samples.setdefault(f"{name}, MiB/s", []).append(rate / MIB)
@@ -259,13 +276,13 @@ def random_pages(path: Path, count: int, total: int) -> None:
         chain.epoch().read_pages(1, pages + np.uint64(FIRST))
 
 
-def depth(chains: dict[str, tuple[Path, Path]], total: int, folder: Path, samples: Samples) -> None:
+def depth(chains: dict[str, tuple[Path, Path]], total: int, samples: Samples) -> None:
     """One round."""
     for shape, (long, short) in chains.items():
         for name, work in (
             ("open and read 1 page", lambda path: random_pages(path, 1, total)),
             ("open and read 1000 pages", lambda path: random_pages(path, 1000, total)),
-            ("open and export all", lambda path: export(path, folder)),
+            ("open and read all", read_all),
         ):
             slow, fast = (seconds(lambda: work(path)) for path in (long, short))  # noqa: B023
             title = f"{shape}, {LONG} epochs: {name}"
@@ -334,7 +351,7 @@ def measure(options: argparse.Namespace, folder: Path) -> Samples:
     for number in range(options.runs):
         print(f"run {number + 1} of {options.runs}", file=sys.stderr)
         reading(made_up, folder, samples)
-        depth(chains, total // 4, folder, samples)
+        depth(chains, total // 4, samples)
     check(real)
     if options.large:
         memory(options.large, folder, samples)

@@ -28,7 +28,9 @@ def test_setup_refuses_a_kind_that_it_does_not_know() -> None:
     assert "usage" in done.stderr
 
 
-@pytest.mark.parametrize("name", ["setup", "crtrace", "demo", "test", "bench", "fuzz"])
+@pytest.mark.parametrize(
+    "name", ["setup", "crtrace", "demo", "test", "bench", "bench-tree", "bench-chain", "fuzz"]
+)
 def test_scripts_are_programs(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)
 

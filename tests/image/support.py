@@ -116,7 +116,11 @@ def read_all(path: Path) -> list[dict[int, bytes]]:
 def apply_step(
     writer: ChainWriter, memory: dict[int, dict[int, bytes]], kind: str, pages: set[int], seed: int
 ) -> None:
-    """One epoch that makes the chain have what ``memory`` has after the step."""
+    """One step of ``memory``, and an epoch after which the chain has the same."""
+    if kind == "space":
+        memory.setdefault(2, {})
+    elif kind == "drop":
+        memory.pop(2, None)
     with writer.begin(full=kind == "full") as image:
         for space, held in memory.items():
             add_task(image, pid=100 + space, space=space)

@@ -162,10 +162,6 @@ def test_any_chain_thinned_out_in_any_way(
         for part, (keep, every) in zip(parts, cuts, strict=True):
             with ChainWriter.open(path, create=True) as writer:
                 for kind, pages, seed in part:
-                    if kind == "space":
-                        memory.setdefault(2, {})
-                    elif kind == "drop":
-                        memory.pop(2, None)
                     apply_step(writer, memory, kind, pages, seed)
                     last = writer.entries[-1].epoch
                     expected[last] = {space: dict(held) for space, held in memory.items()}

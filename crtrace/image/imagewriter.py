@@ -251,6 +251,7 @@ class ImageWriter:
         DESIGN.md. When it raises, the epoch does not exist and the chain is as it was.
         """
         self._must_be_open()
+        self._contents = StoredContents()  # it takes as much memory as what comes now
         try:
             for space in self._spools:
                 self.settle(space)

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
 from crtrace.image.losses import UnreadableRange
 from crtrace.image.pagetable import KnownPages
-from crtrace.image.places import SAME, PageKind, chunks, kinds, place, slots
-from crtrace.units import U64, Bools, to_ranges
+from crtrace.image.places import PAGE_LIMIT, SAME, PageKind, chunks, kinds, place, slots
+from crtrace.units import U64, to_ranges
 
 LAST_ROUND = 1 << 30
 """The round of what is true at the end of an epoch whatever was read before: holes."""
 
 STEP = 1 << 16
-"""Rows changed at a time."""
+"""Rows looked at together."""
 
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
 
@@ -52,102 +53,114 @@ class Entries:
         return int(np.count_nonzero(kinds(self.places) == kind))
 
 
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What was said of some pages, ascending, at one time. ``order``: which of several pieces is
+    believed, the greatest: round, and turn within it. No ``hashes``: zeros."""
+
+    order: tuple[int, int]
+    pages: U64
+    places: U64
+    hashes: U64 | None
+
+    def cut(self, bound: int) -> tuple[Piece, Piece]:
+        """What lies before the page ``bound``, and the rest, as views."""
+        at = int(np.searchsorted(self.pages, np.uint64(bound)))
+        return self._part(slice(at)), self._part(slice(at, None))
+
+    def _part(self, rows: slice) -> Piece:
+        hashes = None if self.hashes is None else self.hashes[rows]
+        return Piece(self.order, self.pages[rows], self.places[rows], hashes)
+
+
 class PendingSpace:
     """What was said of the pages of one space, piece by piece, in rounds; the last round wins."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._rounds: list[int] = []
-        self._pages: list[U64] = []
-        self._places: list[U64] = []
-        self._hashes: list[U64 | None] = []
+        self._pieces: list[Piece] = []
 
     def add(self, round: int, pages: U64, places: U64, hashes: U64 | None = None) -> None:
         """Enter pages (ascending, kept without a copy); no hashes: zeros."""
-        if not len(pages):
-            return
-        with self._lock:
-            self._rounds.append(round)
-            self._pages.append(pages)
-            self._places.append(places)
-            self._hashes.append(hashes)
+        if len(pages):
+            with self._lock:
+                order = round, len(self._pieces)
+                self._pieces.append(Piece(order, pages, places, hashes))
 
     def settle(self, parent: KnownPages | None) -> Entries:
         """The entries that go into the image; this object is empty afterwards.
 
         ``parent`` is what the chain holds already: without a page there, a hole is nothing to
-        tell.
+        tell. For a large target pieces and entries are the largest things in memory, so pieces are
+        freed as they are used up.
         """
-        if not self._pages:
-            return _no_entries()
-        joined = _joined(self._rounds, self._pages, self._places, self._hashes)
-        self._rounds = []
-        return _meaningful(joined, parent)
+        pieces, self._pieces = self._pieces, []
+        most = sum(len(piece.pages) for piece in pieces)
+        # Rows that are not used are not touched, and so take no memory.
+        pages, places = np.empty((2, most), dtype=np.uint64)
+        settled = Entries(pages, places, np.empty((most, 2), dtype=np.uint64))
+        end = 0
+        for window in _windows(pieces):
+            part = _meaningful(_joined(window), parent)
+            start, end = end, end + len(part.pages)
+            settled.pages[start:end] = part.pages
+            settled.places[start:end] = part.places
+            settled.hashes[start:end] = part.hashes
+        return settled.part(0, end)
+
+
+def _windows(pieces: list[Piece]) -> Iterator[list[Piece]]:
+    """The pieces, cut at the same pages, so that about ``STEP`` rows come together, by page.
+
+    The list is emptied meanwhile.
+    """
+    pieces.sort(key=lambda piece: piece.pages[0], reverse=True)
+    begun: list[Piece] = []
+    for bound in _bounds(pieces):
+        while pieces and pieces[-1].pages[0] < bound:
+            begun.append(pieces.pop())
+        cuts = [piece.cut(bound) for piece in begun]
+        begun = [after for _, after in cuts if len(after.pages)]
+        yield [before for before, _ in cuts if len(before.pages)]
+
+
+def _bounds(pieces: list[Piece]) -> list[int]:
+    """Pages at which to cut, ascending; the last one is above all pages."""
+    bounds = {PAGE_LIMIT}
+    rows = 0
+    for piece in pieces:
+        rows += len(piece.pages)
+        if rows > STEP:
+            bounds.update(piece.pages[::STEP].tolist())
+            rows = 0
+    return sorted(bounds)
+
+
+def _joined(pieces: list[Piece]) -> Entries:
+    """One piece of many, by page, each page as the piece that is believed has it."""
+    if not pieces:
+        return _no_entries()
+    # Chunks are written as threads get to them: most often sorting the pieces is enough.
+    pieces.sort(key=lambda piece: piece.pages[0])
+    pages = np.concatenate([piece.pages for piece in pieces])
+    picked = None
+    if (pages[1:] <= pages[:-1]).any():
+        pieces.sort(key=lambda piece: piece.order)
+        pages = np.concatenate([piece.pages for piece in pieces])
+        picked = _last_of_each(pages)
+    places = np.concatenate([piece.places for piece in pieces])
+    hashes = np.concatenate([
+        np.zeros((len(piece.pages), 2), np.uint64) if piece.hashes is None else piece.hashes
+        for piece in pieces
+    ])  # fmt: skip
+    if picked is None:
+        return Entries(pages, places, hashes)
+    return Entries(pages[picked], places[picked], hashes[picked])
 
 
 def _no_entries() -> Entries:
     none = np.empty(0, dtype=np.uint64)
     return Entries(none, none, none.reshape(0, 2))
-
-
-def _joined(
-    rounds: list[int], pieces: list[U64], places: list[U64], hashes: list[U64 | None]
-) -> Entries:
-    """One piece of many, by page, each page as its last round has it; the lists are emptied.
-
-    Columns are joined one after another and their pieces freed at once, because for a large target
-    they are the largest thing in memory.
-    """
-    # Chunks are written as threads get to them: most often sorting the pieces is enough.
-    order = sorted(range(len(pieces)), key=lambda at: int(pieces[at][0]))
-    pages = np.concatenate([pieces[at] for at in order])
-    picked = None
-    if (pages[1:] <= pages[:-1]).any():
-        order = sorted(range(len(pieces)), key=lambda at: rounds[at])
-        pages = np.concatenate([pieces[at] for at in order])
-        picked = _Picked(_last_of_each(pages))
-        pages = pages[picked.rows]
-    lengths = list(map(len, pieces))
-    pieces.clear()
-    every_place = _join(places, order, lengths, picked, np.empty(len(pages), np.uint64))
-    every_hash = _join(hashes, order, lengths, picked, np.zeros((len(pages), 2), np.uint64))
-    places.clear()
-    hashes.clear()
-    return Entries(pages, every_place, every_hash)
-
-
-class _Picked:
-    """Rows picked out of joined columns; kept so that they can be found piece by piece."""
-
-    def __init__(self, rows: Positions) -> None:
-        self.rows = rows
-        self._to = np.argsort(rows)
-        self._ascending = rows[self._to]
-
-    def within(self, start: int, end: int) -> tuple[Positions, Positions]:
-        """Where the picked rows of ``[start, end)`` go, and which they are, from ``start``."""
-        first, last = np.searchsorted(self._ascending, (start, end))
-        return self._to[first:last], self._ascending[first:last] - start
-
-
-def _join(
-    pieces: list[U64] | list[U64 | None],
-    order: list[int],
-    lengths: list[int],
-    picked: _Picked | None,
-    joined: U64,
-) -> U64:
-    """Fill a column from its pieces; each is freed as soon as it is copied."""
-    end = 0
-    for at in order:
-        start, end = end, end + lengths[at]
-        piece, pieces[at] = pieces[at], None  # type: ignore[call-overload]
-        if piece is not None and picked is None:
-            joined[start:end] = piece
-        elif piece is not None and picked is not None:
-            to, rows = picked.within(start, end)
-            joined[to] = piece[rows]
-    return joined
 
 
 def _last_of_each(pages: U64) -> Positions:
@@ -166,15 +179,7 @@ def _meaningful(entries: Entries, parent: KnownPages | None) -> Entries:
     holes = np.flatnonzero(kind == PageKind.HOLE)
     if len(holes):
         keep[holes] = False if parent is None else parent.lookup(entries.pages[holes])[0]
-    return entries if keep.all() else _compacted(entries, keep)
-
-
-def _compacted(entries: Entries, keep: Bools) -> Entries:
-    """The entries that ``keep`` marks, in the same memory: a copy of all would be too much."""
-    count = int(np.count_nonzero(keep))
-    for column in (entries.pages, entries.places, entries.hashes):
-        column[:count] = column[keep]
-    return entries.part(0, count)
+    return entries.select(keep)
 
 
 def unreadable(errno: int, reason: int) -> np.uint64:

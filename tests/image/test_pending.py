@@ -1,0 +1,49 @@
+"""What comes of pages that are said several things of: the last round decides, in any order."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from crtrace.image import pending
+from crtrace.image.pending import PendingSpace
+from crtrace.image.places import PAGE_LIMIT, PageKind, place
+from tests.image.support import numbers
+
+PIECES = st.lists(
+    st.tuples(
+        st.integers(0, 3),
+        st.sets(st.one_of(st.integers(0, 60), st.integers(PAGE_LIMIT - 5, PAGE_LIMIT - 1)),
+                min_size=1, max_size=20),
+        st.booleans(),
+    ),
+    max_size=12,
+)  # fmt: skip
+
+
+@given(PIECES, st.integers(1, 30))
+def test_settled_entries_are_those_of_a_dict(
+    pieces: list[tuple[int, set[int], bool]], step: int
+) -> None:
+    """However many windows the rows are cut into."""
+    space = PendingSpace()
+    expected: dict[int, tuple[int, int]] = {}
+    for turn, (round, pages, hashed) in sorted(enumerate(pieces), key=lambda it: it[1][0]):
+        expected |= dict.fromkeys(pages, (turn + 1, (turn + 100) * hashed))
+    for turn, (round, pages, hashed) in enumerate(pieces):
+        rows = len(pages)
+        hashes = np.full((rows, 2), turn + 100, dtype=np.uint64) if hashed else None
+        places = np.full(rows, place(PageKind.STORED, turn + 1))
+        space.add(round, numbers(sorted(pages)), places, hashes)
+    with mock.patch.object(pending, "STEP", step):
+        settled = space.settle(None)
+    found = zip(settled.pages.tolist(), settled.places.tolist(), settled.hashes.tolist(),
+                strict=True)  # fmt: skip
+    assert list(found) == [
+        (page, int(place(PageKind.STORED, chunk)), [half, half])
+        for page, (chunk, half) in sorted(expected.items())
+    ]
+    assert not len(space.settle(None).pages), "and it is empty then"

@@ -19,17 +19,21 @@ from crtrace.image.tables import Vma
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages
 
 SHOWN_RANGES = 64
-"""Lost ranges listed for one process in one epoch; ``bytes`` counts all."""
+"""Lost ranges listed for one process in one epoch: a long chain has many of these lists."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProcessLoss:
-    """The memory of a process that an epoch lacks: ranges ``(start, end)`` of addresses."""
+    """The memory of a process that an epoch lacks: ranges ``(start, end)`` of addresses.
+
+    ``more``: how many further ranges there are that are not listed; ``bytes`` counts them all.
+    """
 
     pid: int
     comm: str
     bytes: int
     ranges: tuple[tuple[int, int], ...]
+    more: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +93,8 @@ def _of_processes(epoch: Epoch, suspects: Suspects) -> Iterator[ProcessLoss]:
             spans = (ranges * np.uint64(PAGE_SIZE)).tolist()
             size = sum(end - start for start, end in spans)
             shown = tuple((start, end) for start, end in spans[:SHOWN_RANGES])
-            yield ProcessLoss(task.task.pid, task.task.comm, size, shown)
+            more = len(spans) - len(shown)
+            yield ProcessLoss(task.task.pid, task.task.comm, size, shown, more)
 
 
 def _of_mapping(epoch: Epoch, task: TaskView, vma: Vma, suspects: Suspects) -> U64:

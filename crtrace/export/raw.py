@@ -30,19 +30,19 @@ def export_raw(
 ) -> int:
     """Write the memory of one task (by default the first); the number of mappings with bytes.
 
-    The file has every mapping with something stored, page after page, sparse where nothing is;
-    ``PATH.map`` has one JSON object a line: ``start``, ``end``, ``offset`` (in the file),
-    ``perms``, ``file_offset``, ``name`` and ``missing``: ranges of addresses that read as zeros
-    in the file and had other contents, or unknown ones, since they are those of a file, or were
-    unreadable, or are lost. Both have mode 0600 and appear when they are complete. Raises as
+    The file has every mapping with something stored or lost, page after page, sparse where
+    nothing is. ``PATH.map`` has one JSON object a line: ``start``, ``end``, ``offset`` (in the
+    file), ``perms``, ``file_offset``, ``name`` and ``missing``: ranges of addresses that read as
+    zeros in the file and had other contents, or unknown ones, since they are those of a file, or
+    were unreadable, or are lost. Both have mode 0600 and appear when they are complete. Raises as
     ``export_core`` does.
     """
     task = find_task(epoch, pid)
     rows = []
     offset = total = 0
     for vma in task.vmas:
-        stored, missing = _look_through(epoch, task, vma)
-        if stored:
+        stored, lost, missing = _look_through(epoch, task, vma)
+        if stored or lost:
             rows.append(_row(vma, offset, missing))
             offset += vma.end - vma.start
             total += stored
@@ -56,9 +56,12 @@ def export_raw(
     return len(rows)
 
 
-def _look_through(epoch: Epoch, task: TaskView, vma: Vma) -> tuple[int, list[tuple[int, int]]]:
-    """Bytes stored of a mapping, and which ranges have contents that are not known."""
-    stored = 0
+def _look_through(
+    epoch: Epoch, task: TaskView, vma: Vma
+) -> tuple[int, bool, list[tuple[int, int]]]:
+    """Bytes stored of a mapping, whether damage has some of it, and which ranges have contents that
+    are not known."""
+    stored, lost = 0, False
     missing: list[tuple[int, int]] = []
     for start, end, source in _runs(epoch, task, vma):
         if source in HELD:
@@ -66,7 +69,8 @@ def _look_through(epoch: Epoch, task: TaskView, vma: Vma) -> tuple[int, list[tup
         elif source is not Source.ZERO:
             first = missing.pop()[0] if len(missing) == MOST_MISSING else start
             missing.append((first, end))
-    return stored, missing
+            lost |= source is Source.LOST
+    return stored, lost, missing
 
 
 def _runs(epoch: Epoch, task: TaskView, vma: Vma) -> Iterator[tuple[int, int, Source]]:

@@ -15,6 +15,7 @@ from xxhash import xxh3_64_intdigest
 from crtrace.analyze.lost import ProcessLoss
 from crtrace.analyze.verify import Report, verify
 from crtrace.errors import ChainIncomplete, CrtraceError, FormatTooNew, ImageDamaged, UsageError
+from crtrace.export.raw import export_raw
 from crtrace.image.places import LOST, PageKind
 from crtrace.image.reader import Chain
 from crtrace.image.records import Mm, Task
@@ -165,6 +166,19 @@ def test_damage_in_a_chunk_tells_what_is_lost_and_to_whom(path: Path) -> None:
     # Page 19 is a hole from epoch 1 on.
     rest = ((16 << 12, 17 << 12), (18 << 12, 19 << 12))
     assert lost[1] == lost[2] == (ProcessLoss(100, "target", 2 << 12, rest),)
+
+
+def test_a_mapping_that_is_lost_as_a_whole_is_in_the_map_of_a_raw_file(
+    path: Path, tmp_path: Path
+) -> None:
+    with Chain.open(path) as chain:
+        number = chain.epoch(0).image.ids(9)[0]
+        view = chain.epoch(0, {0: {number}})
+        assert export_raw(view, tmp_path / "raw") == 1
+    (row,) = map(json.loads, (tmp_path / "raw.map").read_text().splitlines())
+    assert row["missing"] == [[16 << 12, 17 << 12], [18 << 12, 20 << 12]]
+    assert not any((tmp_path / "raw").read_bytes())
+    assert (tmp_path / "raw").stat().st_size == row["end"] - row["start"]
 
 
 def test_damage_is_counted_in_every_image_not_only_the_first(path: Path) -> None:

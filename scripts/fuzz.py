@@ -64,7 +64,7 @@ PATIENCE = 5.0
 MEMORY = 256 << 20
 """Bytes of address space that an execution may add to what is there at the start."""
 MOST_CHANGES = 4
-CHAIN_FILE = re.compile(r"lock|chain\.idx(\.part)?|[\d.]+\.img(\.part)?")
+CHAIN_FILE = re.compile(r"lock|chain\.idx(\.part)?|[\d.]+\.img(\.part)?|spool-\d\.part")
 SPACE, OBJECT, CHILD = 1, 2, 3
 EDGES = sorted(
     {base + near for base in (0, *(1 << bit for bit in (4, 7, 8, 9, 12, 15, 16, 31, 32, 47, 52,

@@ -154,11 +154,12 @@ def test_killed_before_any_call_to_one_of_many_threads(
     target = spawn("tiny", *QUIET, "--sleepers", 28)
     assert len(tasks(target.pid)) == 32
     before = Untouched(target.pid)
-    points = _counted(partial(life, target.pid), tmp_path / "points")
+    doing = partial(life, target.pid)
+    # A thread that is slow to stop adds points that other runs do not have.
+    points = min((_counted(doing, tmp_path / f"points{n}") for n in range(3)), key=len)
     held = [point for point in points if point.name.startswith("ptrace")]
     assert len(held) > 32 * 4
     assert all(point.paused for point in held)
-    doing = partial(life, target.pid)
     reached = sum(_replay(target, before, doing, point.order("kill")) for point in points)
     assert reached > len(points) * 0.9
     target.terminate_and_check()

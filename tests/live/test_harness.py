@@ -534,6 +534,7 @@ def test_untouched_notices_a_stop_and_a_tracer(spawn: Spawn) -> None:
 
 def test_untouched_notices_a_thread_that_waits_elsewhere(spawn: Spawn) -> None:
     target = spawn("writer", "--running", 0)
+    wait_until(lambda: bool(blocked_in(target.pid, target.pid)), "it waits")
     snapshot = Untouched(target.pid)
     snapshot.assert_same()
     snapshot.fields["registers"][str(target.pid)] = "0 0x3"

@@ -55,6 +55,9 @@ FAMILIES = {
     "userfaultfd": "--userfaultfd 1 --userfaultfd-bytes 4M",
 }
 """Stressors of several processes that write the same memory, or each other's."""
+WITHDRAWN = r"userfaultfd: read failed, errno=11 "
+"""Any signal to a thread that waits in a fault takes the fault back, until it is met again: poll(2)
+announced it, and read(2) finds none. Stopping is no exception. stress-ng does not expect it."""
 EPOCHS = int(os.environ.get("CRTRACE_STRESS_EPOCHS", "4"))
 WORKERS = 10
 """How many may end under watch, one after another, before that is a failure."""
@@ -115,7 +118,8 @@ class StressNg:
         """Have it finish; it must have done something, and found nothing wrong."""
         self.process.send_signal(signal.SIGINT)
         assert self.process.wait(60) == 0, self.log
-        assert not re.search(r"fail|error|EINTR", self.log), self.log
+        complaints = [line for line in self.log.splitlines() if re.search("fail|error|EINTR", line)]
+        assert not [line for line in complaints if not re.search(WITHDRAWN, line)], self.log
         assert sum(map(int, re.findall(r"bogo-ops: (\d+)", self._report.read_text()))) > 0
 
     def kill(self) -> None:

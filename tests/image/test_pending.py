@@ -31,7 +31,7 @@ def test_settled_entries_are_those_of_a_dict(
     """However many windows the rows are cut into."""
     space = PendingSpace()
     expected: dict[int, tuple[int, int]] = {}
-    for turn, (round, pages, hashed) in sorted(enumerate(pieces), key=lambda it: it[1][0]):
+    for turn, (_, pages, hashed) in sorted(enumerate(pieces), key=lambda it: it[1][0]):
         expected |= dict.fromkeys(pages, (turn + 1, (turn + 100) * hashed))
     for turn, (round, pages, hashed) in enumerate(pieces):
         rows = len(pages)

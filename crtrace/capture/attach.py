@@ -53,10 +53,7 @@ def attached(
             loading.abandon()
             raise
         programs = stack.enter_context(loading.result())
-        log.debug(
-            "BPF with headers %s: bcc imported in %.3f s, compiled in %.3f s, ready after %.3f s",
-            programs.headers, *(programs.seconds[name] for name in ("import", "compile", "total")),
-        )  # fmt: skip
+        log.debug("BPF: code %s, ready after %.3f s", programs.origin, programs.seconds)
         marks = WrittenPages(programs)
         session = Session(
             process, chain, marks, spaces=spaces, follow=tree, max_pause_ms=max_pause_ms,

@@ -1,18 +1,28 @@
-"""The bpf(2) calls that drain and steer maps, in whole batches over numpy arrays."""
+"""The bpf(2) calls: load and attach programs; drain and steer maps, in whole batches over numpy
+arrays."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import os
+import struct
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from crtrace.linux.libc import SYS_BPF, syscall
+from crtrace.linux.libc import SYS_BPF, SYS_PERF_EVENT_OPEN, address_of, ioctl, syscall
 
-_LOOKUP, _UPDATE, _DELETE, _NEXT_KEY = 1, 2, 3, 4
-_LOOKUP_AND_DELETE_BATCH = 25
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD = range(6)
+_RAW_TRACEPOINT_OPEN, _LOOKUP_AND_DELETE_BATCH = 17, 25
+TRACEPOINT, RAW_TRACEPOINT = 5, 17
+"""Types of programs (``enum bpf_prog_type``)."""
+_PERF_TYPE_TRACEPOINT, _PERF_FD_CLOEXEC = 2, 8
+_PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
+_TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 Array = npt.NDArray[Any]
 
@@ -50,6 +60,64 @@ def _element(command: int, fd: int, key: Array, value: Array | None) -> bool:
     except FileNotFoundError:
         return False
     return True
+
+
+def create_map(name: str, kind: int, key_size: int, value_size: int, entries: int) -> int:
+    """The descriptor of a new map."""
+    sizes = (kind, key_size, value_size, entries, 0, 0, 0)
+    return _call(_MAP_CREATE, struct.pack("<7I16s", *sizes, name.encode()[:15]))
+
+
+def load_program(name: str, kind: int, code: bytes) -> int:
+    """The descriptor of a program that the verifier has accepted.
+
+    ``OSError`` when it does not, with the last that the verifier said.
+    """
+    license = b"GPL\0"
+    where = len(code) // 8, address_of(code), address_of(license)
+    log = ctypes.create_string_buffer(1 << 18)
+    for level, size, at in ((0, 0, 0), (1, len(log), ctypes.addressof(log))):
+        attr = struct.pack(
+            "<IIQQIIQII16s", kind, *where, level, size, at, 0, 0, name.encode()[:15]
+        )  # fmt: skip
+        try:
+            return _call(_PROG_LOAD, attr)
+        except OSError as error:
+            failure = error
+    said = " | ".join(log.value.decode(errors="replace").splitlines()[-4:])
+    raise OSError(failure.errno, f"{failure.strerror}, for program {name}: {said}") from failure
+
+
+def attach_raw_tracepoint(program: int, name: str) -> int:
+    """Run a program at a raw tracepoint for as long as the descriptor returned is open."""
+    text = name.encode() + b"\0"
+    return _call(_RAW_TRACEPOINT_OPEN, struct.pack("<QII", address_of(text), program, 0))
+
+
+def attach_tracepoint(program: int, category: str, name: str) -> int:
+    """The same at a tracepoint with the arguments that tracefs describes, on all processors."""
+    number = _tracepoint_number(category, name)
+    attr = struct.pack("<IIQQQQQIIQ", _PERF_TYPE_TRACEPOINT, 64, number, 1, 0, 0, 0, 1, 0, 0)
+    nobody = (1 << 64) - 1
+    fd = syscall(SYS_PERF_EVENT_OPEN, address_of(attr), nobody, 0, nobody, _PERF_FD_CLOEXEC)
+    try:
+        ioctl("PERF_EVENT_IOC_SET_BPF", fd, _PERF_SET_BPF, program)
+        ioctl("PERF_EVENT_IOC_ENABLE", fd, _PERF_ENABLE, 0)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _tracepoint_number(category: str, name: str) -> int:
+    for folder in _TRACEFS:
+        with suppress(FileNotFoundError):
+            return int(Path(f"{folder}/events/{category}/{name}/id").read_text())
+    raise FileNotFoundError(errno.ENOENT, f"no tracepoint {category}:{name}; is tracefs mounted?")
+
+
+def _call(command: int, attr: bytes) -> int:
+    return syscall(SYS_BPF, command, address_of(attr), len(attr))
 
 
 class Drain:

@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 SYS_PROCESS_VM_READV = 310
 SYS_KCMP, _KCMP_VM = 312, 1
+SYS_PERF_EVENT_OPEN = 298
 SYS_BPF = 321
 SYS_PIDFD_GETFD = 438
 IOV_MAX = 1024
-_NAMES = {SYS_BPF: "bpf", SYS_PIDFD_GETFD: "pidfd_getfd"}
+_NAMES = {
+    SYS_BPF: "bpf", SYS_PERF_EVENT_OPEN: "perf_event_open", SYS_PIDFD_GETFD: "pidfd_getfd",
+}  # fmt: skip
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
@@ -61,7 +64,7 @@ def waitpid(tid: int, options: int = 0) -> tuple[int, int]:
     return os.waitpid(tid, options)
 
 
-def ioctl(name: str, fd: int, request: int, argument: bytes | bytearray) -> int:
+def ioctl(name: str, fd: int, request: int, argument: bytes | bytearray | int) -> int:
     """``ioctl(2)``, ``name`` being what it is called in the kernel; a bytearray is changed."""
     point(name)
     result = fcntl.ioctl(fd, request, argument)

@@ -10,7 +10,6 @@ import numpy.typing as npt
 
 from crtrace.errors import TargetGone
 from crtrace.linux import bpf
-from crtrace.linux.libc import SYS_BPF, address_of, syscall
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
@@ -31,8 +30,6 @@ TARGET = np.dtype(
 assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 32), "see bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
-
-_RAW_TRACEPOINT_OPEN = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +69,7 @@ class WrittenPages:
         space = os.stat("ns/pid", dir_fd=process.dirfd)
         for index, word in enumerate((space.st_dev, space.st_ino, int(number), 0)):
             bpf.update(self._maps["question"], _u32(index), np.array([word], dtype=np.uint64))
-        name = b"sched_switch\0"
-        attr = np.array([address_of(name), self._resolver], dtype=np.uint64)
-        link = syscall(SYS_BPF, _RAW_TRACEPOINT_OPEN, attr.ctypes.data, attr.nbytes)
+        link = bpf.attach_raw_tracepoint(self._resolver, "sched_switch")
         try:
             with signals_held(), StoppedProcess(process):
                 pass

@@ -1,27 +1,31 @@
-"""Compile and attach the BPF programs in a child process that then goes away.
+"""Compile the BPF programs, load them and attach them.
 
-BCC brings a whole compiler: a hundred MiB that the controller would carry for hours. So a child
-loads and attaches, passes the descriptors of maps and attachments over a socket, and exits.
-The kernel keeps everything alive as long as the controller holds those descriptors, and undoes
-everything when it dies, however it dies.
+BCC brings a whole compiler: a hundred MiB that the controller would carry for hours, and a second
+to start. So a child compiles and hands over the code, which is kept for the next time (see
+``bytecode``). The kernel holds everything for as long as the controller has its descriptors open,
+and undoes everything when it dies, however it dies.
 """
 
 from __future__ import annotations
 
 import importlib.resources
-import json
+import logging
 import os
-import socket
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from crtrace.errors import FeatureMissing
+from crtrace.linux import bpf
+from crtrace.track.bytecode import BpfMap, BpfProgram, Bytecode, cache_key, keep, recall
 from crtrace.track.headers import find_headers
+
+log = logging.getLogger("crtrace")
 
 REGIONS = 65_536
 """Regions that each generation of the written-page map holds: 128 GiB when densely written."""
@@ -29,18 +33,24 @@ TARGETS = 4_096
 
 MAPS = ("written0", "written1", "targets", "generation", "totals", "question")
 RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned")
-TRACEPOINTS = ("task:task_newtask", "sched:sched_process_exec", "sched:sched_process_exit")
+TRACEPOINTS = (
+    ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
+)  # fmt: skip
+RESOLVER = "resolve"
 
 
 @dataclass(slots=True)
 class Programs:
-    """Descriptors of the loaded maps by name; attachments live until :meth:`close`."""
+    """Descriptors of the loaded maps by name; attachments live until :meth:`close`.
+
+    ``origin`` says where the code came from.
+    """
 
     maps: dict[str, int]
     resolver: int
     attachments: list[int]
-    seconds: dict[str, float]
-    headers: str
+    seconds: float
+    origin: str
 
     def __enter__(self) -> Self:
         return self
@@ -62,43 +72,88 @@ class Programs:
 
 
 class Loading:
-    """A load under way: start it early, do other things, then take the :meth:`result`."""
+    """A load under way: start it early, do other things, then take the :meth:`result`.
 
-    def __init__(self, regions: int = REGIONS) -> None:
+    ``regions`` is how many the map of written pages holds. ``cached``: whether code that was
+    compiled before will do.
+    """
+
+    def __init__(self, regions: int = REGIONS, *, cached: bool = True) -> None:
         self._began = time.monotonic()
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self._child = subprocess.Popen(
-                [sys.executable, "-m", "crtrace.track.loader", str(theirs.fileno()), str(regions)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.PIPE,
-                start_new_session=True,  # a Ctrl-C is for the controller to answer
-            )
+        self._regions = regions
+        self._key = cache_key(bpf_sources())
+        self._code = recall(self._key) if cached else None
+        self._child = None if self._code else _compiler()
 
     def result(self) -> Programs:
-        """The loaded programs, when they are; ``FeatureMissing`` with the compiler's words."""
-        with self._socket:
-            message, fds, _, _ = socket.recv_fds(self._socket, 1 << 16, 64)
-        errors = self._child.communicate()[1].decode(errors="replace").strip()
-        if not message:
-            raise FeatureMissing(
-                f"BPF programs cannot be loaded: {_last_lines(errors)}", hint=_HINT
-            )
-        reply = json.loads(message)
-        seconds = {**reply["seconds"], "total": time.monotonic() - self._began}
-        count = len(MAPS)
-        return Programs(
-            dict(zip(MAPS, fds[:count], strict=True)),
-            fds[count], fds[count + 1 :], seconds, reply["headers"],
-        )  # fmt: skip
+        """The loaded programs, when they are; ``FeatureMissing`` with what was said instead."""
+        if self._code:
+            try:
+                return self._load(self._code, "kept from an earlier start")
+            except OSError as error:
+                log.debug("BPF code that was kept does not load, compiling anew: %s", error)
+                self._child = _compiler()
+        code = self._compiled()
+        try:
+            programs = self._load(code, f"compiled with headers {code.headers}")
+        except OSError as error:
+            raise FeatureMissing(f"BPF programs cannot be loaded: {error}", hint=_HINT) from error
+        keep(self._key, code)
+        return programs
+
+    def _compiled(self) -> Bytecode:
+        assert self._child
+        data, errors = self._child.communicate()
+        if self._child.returncode or not data:
+            said = _last_lines(errors.decode(errors="replace").strip())
+            raise FeatureMissing(f"BPF programs cannot be loaded: {said}", hint=_HINT)
+        return Bytecode.unpack(data)
+
+    def _load(self, code: Bytecode, origin: str) -> Programs:
+        with ExitStack() as undo:
+
+            def held(fd: int) -> int:
+                undo.callback(os.close, fd)
+                return fd
+
+            fds = [held(self._made(each)) for each in code.maps]
+            loaded = {
+                each.name: held(bpf.load_program(each.name, each.kind, each.bound(fds)))
+                for each in code.programs
+            }
+            attachments = []
+            for name in RAW_TRACEPOINTS:
+                program = loaded[f"raw_tracepoint__{name}"]
+                attachments.append(held(bpf.attach_raw_tracepoint(program, name)))
+            for category, name in TRACEPOINTS:
+                program = loaded[f"tracepoint__{category}__{name}"]
+                attachments.append(held(bpf.attach_tracepoint(program, category, name)))
+            undo.pop_all()
+        resolver = loaded.pop(RESOLVER)
+        for fd in loaded.values():
+            os.close(fd)  # what is attached stays
+        maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
+        return Programs(maps, resolver, attachments, time.monotonic() - self._began, origin)
+
+    def _made(self, each: BpfMap) -> int:
+        entries = self._regions if each.name.startswith("written") else each.entries
+        return bpf.create_map(each.name, each.kind, each.key_size, each.value_size, entries)
 
     def abandon(self) -> None:
         """Give the load up."""
-        self._child.kill()
-        self._child.communicate()
-        self._socket.close()
+        if self._child:
+            self._child.kill()
+            self._child.communicate()
+
+
+def _compiler() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "crtrace.track.loader"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is for the controller to answer
+    )
 
 
 _HINT = "crtrace check tells what is missing; scripts/setup installs it"
@@ -107,7 +162,7 @@ _HINT = "crtrace check tells what is missing; scripts/setup installs it"
 def _last_lines(text: str, count: int = 3) -> str:
     """What the compiler or the kernel said, without Python's own lines."""
     lines = [line for line in text.splitlines() if not line.startswith(("Traceback", " "))]
-    return " | ".join(lines[-count:]) or "the loader died without a word"
+    return " | ".join(lines[-count:]) or "the compiler died without a word"
 
 
 def bpf_sources() -> Path:
@@ -116,9 +171,8 @@ def bpf_sources() -> Path:
     return packaged if packaged.is_dir() else packaged.parent.parent / "bpf"
 
 
-def _load(channel: socket.socket, regions: int) -> None:
-    """The child's whole life."""
-    began = time.monotonic()
+def _compile() -> Bytecode:
+    """The child's work. BCC loads what it compiles; that goes when the child does."""
     headers = find_headers()
     if headers is None:
         raise SystemExit("no kernel headers found for BCC: run scripts/setup")
@@ -126,35 +180,36 @@ def _load(channel: socket.socket, regions: int) -> None:
         os.environ["BCC_KERNEL_SOURCE"] = headers.path
     from bcc import BPF
 
-    imported = time.monotonic()
     folder = bpf_sources()
     program = BPF(
         src_file=str(folder / "track.c"),
-        cflags=[f"-I{folder}", f"-DREGIONS={regions}", f"-DTARGETS={TARGETS}"],
+        cflags=[f"-I{folder}", f"-DREGIONS={REGIONS}", f"-DTARGETS={TARGETS}"],
     )
-    resolver = program.load_func("resolve", BPF.RAW_TRACEPOINT)
-    loaded = time.monotonic()
-    attached = _attachments(program)
-    maps = [program[name].map_fd for name in MAPS]
-    reply = {
-        "headers": headers.source,
-        "seconds": {"import": imported - began, "compile": loaded - imported},
-    }
-    socket.send_fds(channel, [json.dumps(reply).encode()], [*maps, resolver.fd, *attached])
-    os._exit(0)  # a tidy exit would detach what was just passed on
+    program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
+    tables = [program[name] for name in MAPS]
+    return Bytecode(
+        headers.source,
+        tuple(_map(name, table) for name, table in zip(MAPS, tables, strict=True)),
+        tuple(_programs(program, [table.map_fd for table in tables])),
+    )
 
 
-def _attachments(program: object) -> list[int]:
-    """BCC attached every program by its name as it loaded; these descriptors keep it so."""
-    raw = getattr(program, "raw_tracepoint_fds", {})
-    perf = getattr(program, "tracepoint_fds", {})
-    found = {(k.decode() if isinstance(k, bytes) else k): fd for k, fd in {**raw, **perf}.items()}
-    missing = [name for name in (*RAW_TRACEPOINTS, *TRACEPOINTS) if name not in found]
-    if missing:
-        raise SystemExit(f"not attached: {', '.join(missing)}")
-    return list(found.values())
+def _map(name: str, table: Any) -> BpfMap:
+    sizes = len(bytes(table.Key())), len(bytes(table.Leaf()))
+    return BpfMap(name, table.ttype, *sizes, table.max_entries)
+
+
+def _programs(program: Any, fds: list[int]) -> list[BpfProgram]:
+    found = []
+    for name in (
+        *(f"tracepoint__{category}__{each}" for category, each in TRACEPOINTS),
+        *(f"raw_tracepoint__{each}" for each in RAW_TRACEPOINTS),
+        RESOLVER,
+    ):
+        kind = bpf.TRACEPOINT if name.startswith("tracepoint") else bpf.RAW_TRACEPOINT
+        found.append(BpfProgram.of(name, kind, program.dump_func(name.encode()), fds))
+    return found
 
 
 if __name__ == "__main__":
-    with socket.socket(fileno=int(sys.argv[1])) as inherited:
-        _load(inherited, int(sys.argv[2]))
+    sys.stdout.buffer.write(_compile().pack())

@@ -108,7 +108,7 @@ def _programs() -> Probe:
 
 def _load_programs() -> str:
     with Loading(regions=64).result() as programs:
-        return f"compiled, loaded and attached in {programs.seconds['total']:.2f} s"
+        return f"loaded and attached in {programs.seconds:.2f} s, {programs.origin}"
 
 
 def _headers() -> Probe:

@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from crtrace.linux import bpf
 from crtrace.linux.procfs import Process
+from crtrace.track import bytecode
+from crtrace.track.bytecode import Bytecode, cache_key, keep, recall
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Loading, Programs, bpf_sources
 from crtrace.units import PAGE_SIZE, U64, Pid
@@ -37,17 +41,81 @@ def pages_between(marked: U64, start: int, size: int) -> set[int]:
 
 
 def test_bpf_compiles_without_warnings() -> None:
-    """The loader's child is silent: what clang has to say comes on its stderr."""
-    loading = Loading()
-    loading.result().close()
-    code = (
-        "import socket, sys; from crtrace.track import loader;"
-        "a, b = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET);"
-        "loader._load(b, 64)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
+    """The compiler's process is silent: what clang has to say comes on its stderr."""
+    command = [sys.executable, "-m", "crtrace.track.loader"]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert len(Bytecode.unpack(done.stdout).programs) == 7
     assert (bpf_sources() / "track.c").is_file()
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A place of our own for compiled code."""
+    monkeypatch.setattr(bytecode, "SHARED_CACHE", tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def origins(count: int) -> list[str]:
+    """Where the code of so many loads came from, in one word each."""
+    found = []
+    for _ in range(count):
+        with Loading().result() as programs:
+            found.append(programs.origin.split()[0])
+    return found
+
+
+def test_code_is_compiled_once(cache: Path) -> None:
+    assert origins(3) == ["compiled", "kept", "kept"]
+    (file,) = cache.iterdir()
+    assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_code_that_anybody_else_may_have_written_is_not_used(cache: Path) -> None:
+    assert origins(1) == ["compiled"]
+    (file,) = cache.iterdir()
+    for path, mode, owner in ((cache, 0o777, 0), (file, 0o620, 0), (file, 0o600, 65534)):
+        path.chmod(mode)
+        os.chown(path, owner, 0)
+        assert recall(cache_key(bpf_sources())) is None
+        path.chmod(0o700 if path == cache else 0o600)
+        os.chown(path, 0, 0)
+        assert recall(cache_key(bpf_sources()))
+    file.rename(cache / "elsewhere")
+    file.symlink_to(cache / "elsewhere")
+    assert recall(cache_key(bpf_sources())) is None
+
+
+@pytest.mark.parametrize("change", ["cut", "flipped", "of other sources"])
+def test_code_that_is_not_what_was_kept_is_compiled_anew(cache: Path, change: str) -> None:
+    assert origins(1) == ["compiled"]
+    (file,) = cache.iterdir()
+    data = bytearray(file.read_bytes())
+    if change == "cut":
+        del data[-10:]
+    elif change == "flipped":
+        data[len(data) // 2] ^= 1
+    else:
+        data[:32] = b"0" * 32
+    file.write_bytes(data)
+    assert origins(2) == ["compiled", "kept"]
+
+
+def test_code_that_the_kernel_refuses_is_compiled_anew(cache: Path) -> None:
+    assert origins(1) == ["compiled"]
+    key = cache_key(bpf_sources())
+    code = recall(key)
+    assert code
+    programs = [replace(each, code=each.code[:-8]) for each in code.programs]  # without an exit
+    with pytest.raises(OSError, match="for program"):
+        bpf.load_program(programs[0].name, programs[0].kind, programs[0].bound([3] * 6))
+    keep(key, replace(code, programs=tuple(programs)))
+    assert origins(2) == ["compiled", "kept"]
+
+
+def test_code_can_be_kept_nowhere(cache: Path) -> None:
+    cache.write_text("in the way")
+    assert origins(2) == ["compiled", "compiled"]
 
 
 def test_several_processes_are_told_apart(spawn: Spawn, programs: Programs) -> None:

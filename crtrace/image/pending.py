@@ -16,8 +16,8 @@ from crtrace.units import U64, to_ranges
 LAST_ROUND = 1 << 30
 """The round of what is true at the end of an epoch whatever was read before: holes."""
 
-STEP = 1 << 16
-"""Rows looked at together."""
+STEP, SAMPLE = 1 << 16, 1 << 6
+"""Rows looked at together; one in so many is looked at to find out where to cut."""
 
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
 
@@ -95,6 +95,8 @@ class PendingSpace:
         freed as they are used up.
         """
         pieces, self._pieces = self._pieces, []
+        if not pieces:
+            return _no_entries()
         most = sum(len(piece.pages) for piece in pieces)
         # Rows that are not used are not touched, and so take no memory.
         pages, places = np.empty((2, most), dtype=np.uint64)
@@ -121,25 +123,18 @@ def _windows(pieces: list[Piece]) -> Iterator[list[Piece]]:
             begun.append(pieces.pop())
         cuts = [piece.cut(bound) for piece in begun]
         begun = [after for _, after in cuts if len(after.pages)]
-        yield [before for before, _ in cuts if len(before.pages)]
+        if window := [before for before, _ in cuts if len(before.pages)]:
+            yield window
 
 
 def _bounds(pieces: list[Piece]) -> list[int]:
     """Pages at which to cut, ascending; the last one is above all pages."""
-    bounds = {PAGE_LIMIT}
-    rows = 0
-    for piece in pieces:
-        rows += len(piece.pages)
-        if rows > STEP:
-            bounds.update(piece.pages[::STEP].tolist())
-            rows = 0
-    return sorted(bounds)
+    sampled = np.sort(np.concatenate([piece.pages[::SAMPLE] for piece in pieces]))
+    return [*np.unique(sampled[STEP // SAMPLE :: STEP // SAMPLE]).tolist(), PAGE_LIMIT]
 
 
 def _joined(pieces: list[Piece]) -> Entries:
     """One piece of many, by page, each page as the piece that is believed has it."""
-    if not pieces:
-        return _no_entries()
     # Chunks are written as threads get to them: most often sorting the pieces is enough.
     pieces.sort(key=lambda piece: piece.pages[0])
     pages = np.concatenate([piece.pages for piece in pieces])

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crtrace.image import pending
-from crtrace.image.pending import PendingSpace
+from crtrace.image.pending import PendingSpace, Piece
 from crtrace.image.places import PAGE_LIMIT, PageKind, place
 from tests.image.support import numbers
 
@@ -38,7 +38,7 @@ def test_settled_entries_are_those_of_a_dict(
         hashes = np.full((rows, 2), turn + 100, dtype=np.uint64) if hashed else None
         places = np.full(rows, place(PageKind.STORED, turn + 1))
         space.add(round, numbers(sorted(pages)), places, hashes)
-    with mock.patch.object(pending, "STEP", step):
+    with mock.patch.multiple(pending, STEP=step, SAMPLE=max(1, step // 4)):
         settled = space.settle(None)
     found = zip(settled.pages.tolist(), settled.places.tolist(), settled.hashes.tolist(),
                 strict=True)  # fmt: skip
@@ -47,3 +47,16 @@ def test_settled_entries_are_those_of_a_dict(
         for page, (chunk, half) in sorted(expected.items())
     ]
     assert not len(space.settle(None).pages), "and it is empty then"
+
+
+def test_pieces_that_interleave_come_in_windows_all_the_same() -> None:
+    """40 pieces of 512 rows, each across the whole space."""
+    every = np.arange(40 * 512, dtype=np.uint64)
+    pieces = [
+        Piece((0, turn), every[turn::40], np.zeros(512, np.uint64), None) for turn in range(40)
+    ]
+    with mock.patch.object(pending, "STEP", 4096):
+        rows = [sum(len(piece.pages) for piece in window) for window in pending._windows(pieces)]
+    assert sum(rows) == len(every)
+    assert max(rows) <= 4096 + 40 * pending.SAMPLE
+    assert not pieces, "what is used up is freed"

@@ -75,7 +75,10 @@ class Layer(Rows, Protocol):
         """Which of ``pages`` (ascending) have a row; level and place of those that do."""
 
     def at_or_after(self, page: int) -> int:
-        """The first page with a row that is not below ``page``; ``PAGE_LIMIT`` for none."""
+        """The first page with a row that is not below ``page``; ``PAGE_LIMIT`` for none.
+
+        All pages between two rows are alike.
+        """
 
 
 class OwnLayer:
@@ -155,7 +158,7 @@ class LostLayer:
         return LayerRows(none, none.astype(np.int64), none, none.reshape(0, 2))
 
     def at_or_after(self, page: int) -> int:
-        return page
+        return PAGE_LIMIT
 
 
 def gather(

@@ -116,7 +116,8 @@ class MergedPages:
                 places[at] = place(LOST)
 
     def at_or_after(self, space: int, page: int) -> int:
-        """A page not below ``page`` before which nothing is listed; far away if nothing follows."""
+        """A page not below ``page`` before which nothing is listed, so that all pages until there
+        are of one kind; far away if nothing follows."""
         return min(layer.at_or_after(page) for layer in self.layers(space))
 
     def page_kinds(self, space: int, pages: U64) -> U16:

@@ -13,8 +13,8 @@ from crtrace.image.places import PageKind
 from crtrace.image.tables import Vma, VmaFlag, VmaKind
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes
 
-BATCH = 1 << 15
-"""Pages looked up at a time."""
+FEW, BATCH = 1 << 6, 1 << 15
+"""Pages looked up at a time: few where something begins, then more and more."""
 
 
 class Source(Enum):
@@ -60,18 +60,18 @@ def memory_runs(epoch: MergedPages, space: int, vma: Vma) -> Iterator[Run]:
 
 def _pieces(epoch: MergedPages, space: int, vma: Vma) -> Iterator[Run]:
     """The mapping as runs of which neighbours may have the same source."""
-    start = 0
+    start, batch = 0, FEW
     while start < vma.pages:
         addr = vma.start + start * PAGE_SIZE
         empty = min(_empty(epoch, space, vma, addr), vma.pages - start)
         if empty:
-            absent = _codes(epoch, space, vma, _pages(addr, 1))
-            yield Run(addr, empty, SOURCES[absent[0]])
-            start += empty
+            alike = _codes(epoch, space, vma, _pages(addr, 1))
+            yield Run(addr, empty, SOURCES[alike[0]])
+            start, batch = start + empty, FEW
             continue
-        count = min(BATCH, vma.pages - start)
+        count = min(batch, vma.pages - start)
         yield from _runs(addr, _codes(epoch, space, vma, _pages(addr, count)))
-        start += count
+        start, batch = start + count, min(2 * batch, BATCH)
 
 
 def _empty(epoch: MergedPages, space: int, vma: Vma, addr: int) -> int:

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from xxhash import xxh3_64_intdigest
@@ -16,14 +17,19 @@ from crtrace.analyze.lost import ProcessLoss
 from crtrace.analyze.verify import Report, verify
 from crtrace.errors import ChainIncomplete, CrtraceError, FormatTooNew, ImageDamaged, UsageError
 from crtrace.export.raw import export_raw
+from crtrace.image.lineage import Levels
 from crtrace.image.places import LOST, PageKind
 from crtrace.image.reader import Chain
 from crtrace.image.records import Mm, Task
+from crtrace.image.resolve import Run, Source
 from crtrace.image.store import ChainWriter
+from crtrace.units import U64
 from tests.image.support import (
     SPACE,
     ZERO,
+    anon,
     contents,
+    epoch,
     noise,
     numbers,
     page,
@@ -472,3 +478,48 @@ def test_another_major_version_is_too_new(path: Path) -> None:
     (path / "chain.idx").write_bytes(data)
     with pytest.raises(FormatTooNew):
         Chain.open(path)
+
+
+def looked_up(chain: Chain, records: dict[int, set[int]]) -> tuple[list[Run], int]:
+    """The runs of the first mapping of epoch 0, and how many pages were looked up for them."""
+    view = chain.epoch(0, records)
+    asked: list[int] = []
+    find = view.locate
+
+    def counted(space: int, pages: U64) -> tuple[Levels, U64]:
+        asked.append(len(pages))
+        return find(space, pages)
+
+    with mock.patch.object(view, "locate", counted):
+        runs = list(view.memory_runs(view.tasks[0], view.tasks[0].vmas[0]))
+    return runs, sum(asked)
+
+
+def test_what_a_lost_index_costs_is_told_without_looking_at_each_page(tmp_path: Path) -> None:
+    path, tib = tmp_path / "chain", 1 << 28
+    with ChainWriter.open(path, create=True) as writer:
+        epoch(writer, {16: page(1)}, vmas=[anon(16, tib)])
+    with Chain.open(path) as chain:
+        number = chain.epoch(0).image.index_id(SPACE)
+        assert looked_up(chain, {})[1] < 100
+        offset = int(chain.epoch(0).image.directory[number - 1]["offset"])
+    data = bytearray((path / FIRST).read_bytes())
+    data[offset + 40] ^= 1
+    (path / FIRST).write_bytes(data)
+    with Chain.open(path) as chain:
+        runs, asked = looked_up(chain, {0: {number}})
+        assert runs == [Run(16 << 12, tib, Source.LOST)]
+        assert asked < 100
+        (loss,) = verify(chain).lost
+    assert loss.processes[0].bytes == tib << 12
+
+
+def test_scattered_pages_are_not_looked_up_with_all_between_them(tmp_path: Path) -> None:
+    path = tmp_path / "chain"
+    pages = {16 + 40_000 * at: page(at + 1) for at in range(200)}
+    with ChainWriter.open(path, create=True) as writer:
+        epoch(writer, pages, vmas=[anon(16, 200 * 40_000)])
+    with Chain.open(path) as chain:
+        runs, asked = looked_up(chain, {})
+    assert [run.addr >> 12 for run in runs if run.source is Source.STORED] == list(pages)
+    assert asked < 200 * 100

@@ -13,7 +13,7 @@ from crtrace.analyze.imagecheck import Finding, check_image, finding
 from crtrace.analyze.lost import EpochLoss, Suspects, losses
 from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, PART
-from crtrace.image.chainindex import IndexEntry
+from crtrace.image.chainindex import ENTRY_SIZE, Fault, IndexEntry
 from crtrace.image.codec import hash_pages
 from crtrace.image.imagefile import Image
 from crtrace.image.layers import LayerRows, OwnLayer, SummaryLayer, gather, summary_layer
@@ -110,21 +110,36 @@ def _check_index(chain: Chain, report: Report) -> None:
                 "short and its epoch never existed"
             )
             continue
-        report.suspects.everything = True
-        number = fault.offset // 128 - 1
+        record, cost = _cost(fault)
         report.damage.append(
             Damage(
-                file=INDEX_NAME, record=f"entry {number}", offset=fault.offset,
-                message=f"{fault.message}; the epoch it stood for is lost",
+                file=INDEX_NAME, record=record, offset=fault.offset, message=fault.message + cost
             )
         )  # fmt: skip
+        report.suspects.everything |= fault.offset > 0
+
+
+def _cost(fault: Fault) -> tuple[str, str]:
+    """What of the index is wrong, and what that means."""
+    first = fault.offset // ENTRY_SIZE - 1
+    if first < 0:
+        return "header", ""
+    if fault.entries == 1:
+        return f"entry {first}", "; the epoch it stood for is lost"
+    last = first + fault.entries - 1
+    return f"entries {first} to {last}", "; the epochs they stood for are lost"
 
 
 def _check_names(chain: Chain, report: Report) -> None:
     """Files that no entry speaks of."""
     expected = {entry.name for entry in chain.entries}
-    for name in chain.names():
-        if name.endswith(PART):
+    names = chain.names()
+    lost = set(chain.index.lost(names))
+    for name in names:
+        if name in lost:
+            message = f"{name} is there, and its entry is lost"
+            report.damage.append(Damage(file=INDEX_NAME, message=message))
+        elif name.endswith(PART):
             report.notices.append(f"{name} is unfinished; the next writer removes it")
         elif name.endswith(".img") and name not in expected:
             report.notices.append(f"{name} has no entry in {INDEX_NAME}: never committed, or lost")

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from xxhash import xxh3_64_intdigest
 
 from crtrace.errors import CrtraceError, FormatTooNew, ImageDamaged
 from crtrace.faults import point
-from crtrace.image.chaindir import INDEX_NAME, PART, ChainDir, explained, image_name
+from crtrace.image.chaindir import (
+    INDEX_NAME,
+    PART,
+    ChainDir,
+    explained,
+    image_name,
+    is_image_name,
+)
+from crtrace.image.framing import HEADER as RECORD_HEADER
 from crtrace.image.framing import MAJOR, MINOR
 from crtrace.image.header import NO_EPOCH, NO_ID
 
@@ -23,6 +30,9 @@ ENTRY = struct.Struct("<Q16s16sQIIQ16sQQQQQ")
 SUM = struct.Struct("<Q")
 ENTRY_SIZE = 128
 IS_FULL = 1
+MAX_ENTRIES = 1 << 20
+MAX_EPOCH, MAX_GENERATION = (1 << 63) - 1, (1 << 31) - 1
+_PIECE = ENTRY_SIZE << 13
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,11 +91,15 @@ class IndexEntry:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something wrong with the index. ``harmless``: what a commit that was cut short leaves."""
+    """Something wrong with the index: its header, or ``entries`` that follow one another.
+
+    ``harmless``: what a commit that was cut short leaves.
+    """
 
     offset: int
     message: str
     harmless: bool
+    entries: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,29 +119,52 @@ class ChainIndex:
 
     @property
     def broken(self) -> bool:
-        """Whether an entry is wrong that a writer cut short cannot have left so."""
-        return any(fault.offset < self.end for fault in self.faults)
+        """Whether something is wrong that a writer cut short cannot have left so."""
+        return not all(fault.harmless for fault in self.faults)
 
     @classmethod
     def read(cls, directory: ChainDir) -> Self:
-        """Raises ``ImageDamaged`` when the header is wrong; wrong entries become ``faults``."""
+        """Raises ``ImageDamaged`` when nothing in it can be believed; else what is wrong becomes
+        ``faults``."""
         path = directory.path / INDEX_NAME
         with explained("reading", path):
             fd = directory.open_file(INDEX_NAME)
             try:
-                data = _read_all(fd)
+                size = os.fstat(fd).st_size
+                if size >= ENTRY_SIZE * (MAX_ENTRIES + 2):
+                    raise ImageDamaged(
+                        f"{path} has {size} bytes, more than {MAX_ENTRIES} entries take"
+                    )
+                header = os.pread(fd, ENTRY_SIZE, 0)
+                first = os.pread(fd, ENTRY_SIZE, ENTRY_SIZE)
+                chain_id, created_ns, damage = _read_header(header, first, directory)
+                entries, faults, end = _parse(_entries(fd), chain_id)
             finally:
                 os.close(fd)
-        chain_id, created_ns = _check_header(data[:ENTRY_SIZE], path)
-        entries, faults, end = _parse(data, chain_id)
-        return cls(chain_id, created_ns, tuple(entries), tuple(faults), end)
+        return cls(chain_id, created_ns, tuple(entries), (*damage, *faults), end)
+
+    def lost(self, names: Iterable[str]) -> list[str]:
+        """Of the ``names`` of a directory, the images whose entries are lost.
+
+        A commit that was cut short leaves the image of the next epoch without an entry; ``prune``
+        leaves other images of epochs that there are.
+        """
+        after = self.entries[-1].epoch + 1 if self.entries else 0
+        expected = {image_name(after, self.generation)}
+        return [
+            name
+            for name in names
+            if is_image_name(name) and int(name.split(".")[0]) >= after and name not in expected
+        ]
 
 
-def _read_all(fd: int) -> bytes:
-    parts = []
-    while part := os.read(fd, 1 << 20):
-        parts.append(part)
-    return b"".join(parts)
+def _entries(fd: int) -> Iterator[tuple[int, bytes]]:
+    """Offset and bytes of each entry; the last one may have fewer than it should."""
+    at = ENTRY_SIZE
+    while data := os.pread(fd, _PIECE, at):
+        for start in range(0, len(data), ENTRY_SIZE):
+            yield at + start, data[start : start + ENTRY_SIZE]
+        at += len(data)
 
 
 def pack_header(chain_id: bytes, created_ns: int) -> bytes:
@@ -136,41 +173,66 @@ def pack_header(chain_id: bytes, created_ns: int) -> bytes:
     return data + SUM.pack(xxh3_64_intdigest(data))
 
 
-def _check_header(data: bytes, path: Path) -> tuple[bytes, int]:
+def _read_header(
+    data: bytes, entry: bytes, directory: ChainDir
+) -> tuple[bytes, int, tuple[Fault, ...]]:
+    """Chain id, time of creation, and what is wrong. ``entry`` is what follows the header: if it
+    is right with a chain id, that is the chain's, whatever the header says."""
+    path = directory.path / INDEX_NAME
     if len(data) < ENTRY_SIZE:
         raise ImageDamaged(f"{path} has {len(data)} bytes, its header alone takes {ENTRY_SIZE}")
     magic, major, minor, chain_id, created_ns = HEADER.unpack(data[: HEADER.size])
-    if magic != INDEX_MAGIC:
-        raise ImageDamaged(f"{path}: magic is {magic.hex()}, expected {INDEX_MAGIC.hex()}")
     found, expected = SUM.unpack(data[HEADER.size :])[0], xxh3_64_intdigest(data[: HEADER.size])
     if found != expected:
-        raise ImageDamaged(f"{path}: header checksum is {expected:016x}, expected {found:016x}")
+        message = f"header checksum is {expected:016x}, expected {found:016x}"
+        for candidate in (chain_id, _id_of_an_image(directory)):
+            if len(entry) == ENTRY_SIZE and IndexEntry.unpack(entry, candidate):
+                return candidate, 0, (Fault(0, message, harmless=False),)
+        raise ImageDamaged(f"{path}: {message}")
+    if magic != INDEX_MAGIC:
+        raise ImageDamaged(f"{path}: magic is {magic.hex()}, expected {INDEX_MAGIC.hex()}")
     if major != MAJOR:
         raise FormatTooNew(
             f"{path}: format version is {major}.{minor}; this crtrace reads version {MAJOR}",
             hint="use the crtrace that wrote the chain, or a later one",
         )
-    return chain_id, created_ns
+    return chain_id, created_ns, ()
 
 
-def _parse(data: bytes, chain_id: bytes) -> tuple[list[IndexEntry], list[Fault], int]:
-    """The entries of the whole file, what is wrong, and where the next entry goes."""
+def _id_of_an_image(directory: ChainDir) -> bytes:
+    """What the oldest image says is the chain's id, unchecked."""
+    name = next(filter(is_image_name, directory.names()), None)
+    if name is None:
+        return NO_ID
+    fd = directory.open_file(name)
+    try:
+        return os.pread(fd, len(NO_ID), RECORD_HEADER.size + 16)
+    finally:
+        os.close(fd)
+
+
+def _parse(
+    pieces: Iterable[tuple[int, bytes]], chain_id: bytes
+) -> tuple[list[IndexEntry], list[Fault], int]:
+    """The entries, what is wrong, and where the next entry goes."""
     entries: list[IndexEntry] = []
     faults: list[Fault] = []
-    whole = len(data) - len(data) % ENTRY_SIZE
     end = ENTRY_SIZE
-    for offset in range(ENTRY_SIZE, whole, ENTRY_SIZE):
-        entry = IndexEntry.unpack(data[offset : offset + ENTRY_SIZE], chain_id)
+    for offset, data in pieces:
+        if len(data) < ENTRY_SIZE:
+            faults.append(Fault(offset, f"{len(data)} bytes of an entry cut short", True))
+            break
+        entry = IndexEntry.unpack(data, chain_id)
         message = _wrong(entry, entries)
-        if entry is None or message:
-            torn = _torn(data[offset : offset + ENTRY_SIZE])
-            last = offset + ENTRY_SIZE == whole
-            faults.append(Fault(offset, message, torn and last))
-        else:
+        if entry is not None and not message:
             entries.append(entry)
             end = offset + ENTRY_SIZE
-    if whole < len(data):
-        faults.append(Fault(whole, f"{len(data) - whole} bytes of an entry cut short", True))
+        elif faults and faults[-1].offset + faults[-1].entries * ENTRY_SIZE == offset:
+            faults[-1] = replace(faults[-1], entries=faults[-1].entries + 1, harmless=False)
+        else:
+            faults.append(Fault(offset, message, _torn(data)))
+    # Behind an entry that was cut short there is no other.
+    faults = [replace(each, harmless=each.harmless and each.offset >= end) for each in faults]
     return entries, faults, end
 
 
@@ -185,6 +247,8 @@ def _torn(data: bytes) -> bool:
 def _wrong(entry: IndexEntry | None, before: list[IndexEntry]) -> str:
     if entry is None:
         return "the checksum of the entry is wrong"
+    if entry.epoch > MAX_EPOCH or entry.generation > MAX_GENERATION:
+        return f"epoch {entry.epoch}, generation {entry.generation} are more than may be"
     if before and entry.epoch <= before[-1].epoch:
         return f"epoch {entry.epoch} follows epoch {before[-1].epoch}"
     if entry.flags & ~IS_FULL:

@@ -217,22 +217,26 @@ def ready_for_writing(directory: ChainDir) -> ChainIndex:
         write_index(directory, os.urandom(16), time.time_ns())
     index = ChainIndex.read(directory)
     _refuse_damage(index, directory)
-    if all(fault.harmless for fault in index.faults):
-        names = {entry.name for entry in index.entries}
-        for name in directory.names():
-            if is_image_name(name) and name not in names:
-                directory.remove(name)
+    names = {entry.name for entry in index.entries}
+    for name in directory.names():
+        if is_image_name(name) and name not in names:
+            directory.remove(name)
     return index
 
 
 def _refuse_damage(index: ChainIndex, directory: ChainDir) -> None:
-    """A wrong entry before others was not left by a writer that was cut short."""
+    """What no writer that was cut short has left: to go on would be to lose what is still there."""
+    where, lost = directory.path / INDEX_NAME, index.lost(directory.names())
     if index.broken:
-        fault = index.faults[0]
-        raise ImageDamaged(
-            f"{directory.path / INDEX_NAME}, entry at offset {fault.offset:#x}: {fault.message}",
-            hint=f"crtrace verify {directory.path} tells what is lost; begin a new chain",
-        )
+        fault = next(each for each in index.faults if not each.harmless)
+        what = f"{where}, at offset {fault.offset:#x}: {fault.message}"
+    elif lost:
+        what = f"{where} has no entries for {', '.join(lost[:3])}{', …' if lost[3:] else ''}"
+    else:
+        return
+    raise ImageDamaged(
+        what, hint=f"crtrace verify {directory.path} tells what is lost; begin a new chain"
+    )
 
 
 def _boottime() -> int:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 import subprocess
 import sys
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import count, permutations
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crtrace.analyze.verify import verify
 from crtrace.errors import CrtraceError, ImageDamaged, UsageError
 from crtrace.image.losses import Unreadable
 from crtrace.image.pagetable import PageTable
@@ -417,8 +421,109 @@ def test_a_last_entry_that_is_wrong_never_existed(path: Path, tail: bytes, cut: 
     with Chain.open(path) as chain:
         assert len(chain.entries) == 3
         assert [fault.harmless for fault in chain.index.faults] == [cut]
-    ChainWriter.open(path).close()
-    assert (path / "chain.idx").stat().st_size == 4 * 128
+    if cut:
+        ChainWriter.open(path).close()
+        assert (path / "chain.idx").stat().st_size == 4 * 128
+        return
+    with pytest.raises(ImageDamaged, match="offset 0x200") as caught:
+        ChainWriter.open(path)
+    assert "verify" in caught.value.hint
+    assert (path / "chain.idx").stat().st_size == 5 * 128
+
+
+def test_a_writer_does_not_go_on_where_committed_epochs_were_damaged(path: Path) -> None:
+    """One bit in each of the last entries: they are not a commit that was cut short."""
+    for flipped in (1, 2, 3):
+        small_chain(path)
+        data = bytearray((path / "chain.idx").read_bytes())
+        for number in range(flipped):
+            data[(3 - number) * 128 + 70] ^= 1
+        (path / "chain.idx").write_bytes(data)
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+        with pytest.raises(ImageDamaged, match="checksum of the entry"):
+            ChainWriter.open(path)
+        with Chain.open(path) as chain:
+            (fault,) = chain.index.faults
+            assert (fault.offset, fault.entries) == ((4 - flipped) * 128, flipped)
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+        shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_an_index_that_lost_its_end_is_told_from_a_commit_cut_short(
+    path: Path, missing: int
+) -> None:
+    """One image without an entry may be that of a commit cut short, and is removed; two never."""
+    small_chain(path)
+    with (path / "chain.idx").open("r+b") as index:
+        index.truncate((4 - missing) * 128)
+    before = sorted(file.name for file in path.iterdir())
+    if missing == 1:
+        ChainWriter.open(path).close()
+        assert not (path / "00000002.img").exists()
+        return
+    with pytest.raises(ImageDamaged, match=r"no entries for .*00000002\.img"):
+        ChainWriter.open(path)
+    with Chain.open(path) as chain:
+        report = verify(chain)
+    assert [damage.file for damage in report.damage] == ["chain.idx"] * (missing - 1)
+    assert "00000002.img is there" in report.damage[-1].message
+    assert sorted(file.name for file in path.iterdir()) == before
+
+
+def test_an_index_is_read_in_little_memory(path: Path) -> None:
+    """However long a hole it has; and one that is longer than may be is refused."""
+    small_chain(path)
+    os.truncate(path / "chain.idx", 1 << 22)
+    tracemalloc.start()
+    with Chain.open(path) as chain:
+        (fault,) = chain.index.faults
+    assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    tracemalloc.stop()
+    assert (fault.entries, fault.harmless) == ((1 << 15) - 4, False)
+    os.truncate(path / "chain.idx", 1 << 40)
+    with pytest.raises(ImageDamaged, match="more than 1048576 entries"):
+        Chain.open(path)
+
+
+@pytest.mark.parametrize("at", [0, 8, 20, 40, 125])
+def test_a_chain_is_read_although_the_header_of_its_index_is_damaged(path: Path, at: int) -> None:
+    """The chain id stands in every image as well, and the entries tell whether it is right."""
+    small_chain(path)
+    whole = read_all(path)
+    data = bytearray((path / "chain.idx").read_bytes())
+    data[at] ^= 1
+    (path / "chain.idx").write_bytes(data)
+    assert read_all(path) == whole
+    with Chain.open(path) as chain:
+        (damage,) = verify(chain).damage
+        assert (damage.file, damage.record, damage.offset) == ("chain.idx", "header", 0)
+        assert not verify(chain).lost
+    with pytest.raises(ImageDamaged, match="header checksum"):
+        ChainWriter.open(path)
+    for image in path.glob("*.img"):
+        image.unlink()
+    if at == 20:
+        with pytest.raises(ImageDamaged, match="header checksum"):
+            Chain.open(path)
+
+
+@pytest.mark.parametrize(("epoch", "generation"), [(1 << 63, 0), ((1 << 64) - 1, 0), (3, 1 << 31)])
+def test_numbers_that_leave_no_room_for_more_are_refused(
+    path: Path, epoch: int, generation: int
+) -> None:
+    small_chain(path)
+    with Chain.open(path) as chain:
+        last, chain_id = chain.entries[-1], chain.chain_id
+    odd = replace(last, epoch=epoch, generation=generation)
+    with (path / "chain.idx").open("ab") as index:
+        index.write(odd.pack(chain_id))
+    with Chain.open(path) as chain:
+        assert [entry.epoch for entry in chain.entries] == [0, 1, 2]
+        (fault,) = chain.index.faults
+    assert "more than may be" in fault.message
+    with pytest.raises(ImageDamaged):
+        ChainWriter.open(path)
 
 
 def test_a_wrong_entry_in_the_middle_is_damage(path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
@@ -92,6 +93,10 @@ class Session:
             undo.callback(self._tree.close)
             self._pipeline = Pipeline()
             undo.callback(self._pipeline.close)
+            # In a pause the targets' processors are free: what can be done at the same time is.
+            self._beside = ThreadPoolExecutor(1, "beside")
+            undo.callback(self._beside.shutdown)
+            self._beside.submit(int)  # so that the thread is there before the first pause
             self._accounting = open_accounting()
             if self._accounting:
                 undo.callback(self._accounting.close)
@@ -301,8 +306,9 @@ class Session:
         """Stop, scan, copy the residual, take the registers, go."""
         stopped = StoppedTree(self._tree)
         with signals_held(), _no_garbage_collection():
-            work.stopping_at = time.monotonic()
             try:
+                stopped.get_ready()
+                work.stopping_at = time.monotonic()
                 stopped.stop()
                 work.stopped_at = time.monotonic()
                 snapshots = self._capture(work, stopped, objects)
@@ -352,7 +358,7 @@ class Session:
         return changed
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
-        scan = target.armer.scan(target.map, stopped=True)
+        scan = target.armer.scan(target.map, stopped=True, beside=self._beside)
         part.found(scan.written)
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)

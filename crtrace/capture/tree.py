@@ -7,8 +7,9 @@ it, tree or not: what it writes is the target's memory, so it must stand still i
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 
 from crtrace.capture.spaces import Spaces
@@ -18,7 +19,14 @@ from crtrace.image.records import Task
 from crtrace.linux.events import in_initial_pid_namespace
 from crtrace.linux.libc import same_memory
 from crtrace.linux.procfs import Process, parents, refuse_unsuitable
-from crtrace.linux.stop import StoppedProcess, release_all, stop_all
+from crtrace.linux.stop import (
+    PATIENCE,
+    StoppedProcess,
+    look_before,
+    reaping,
+    release_all,
+    stop_all,
+)
 from crtrace.track.dirty import Counts, WrittenPages
 from crtrace.units import Pid
 
@@ -303,9 +311,17 @@ class StoppedTree:
         self._tree = tree
         self._held: dict[Member, StoppedProcess] = {}
         self._strangers: dict[Pid, StoppedProcess] = {}
+        self._deadline = time.monotonic() + PATIENCE
+        self._reaper = ExitStack()
         for member in tree.members:
             with suppress(TargetGone):
                 self._held[member] = StoppedProcess(member.process)
+        self._every = list(self._held.values())
+
+    def get_ready(self) -> None:
+        """What can be done while they run. Raises ``TargetBusy``."""
+        look_before(self._every, self._deadline)
+        self._reaper.enter_context(reaping(self._every))
 
     def stop(self) -> None:
         """Stop them. Raises what :class:`StoppedProcess` does; then all that was stopped is let go.
@@ -313,12 +329,13 @@ class StoppedTree:
         Processes that share an address space are stopped last: the parent of a ``vfork`` only stops
         when its child has gone on.
         """
-        sharing = {member for member in self._held if member.sharing}
-        for group in (self._held.keys() - sharing, sharing):
-            stop_all([self._held[member] for member in self._held if member in group])
-        for pid, tgid in self._tree.strangers():
-            if member := self._tree.take_in(pid, tgid, self._stop_stranger):
-                self._held[member] = self._strangers.pop(pid)
+        with self._reaper:
+            for sharing in (False, True):
+                group = [held for member, held in self._held.items() if member.sharing == sharing]
+                stop_all(group, self._deadline)
+            for pid, tgid in self._tree.strangers():
+                if member := self._tree.take_in(pid, tgid, self._stop_stranger):
+                    self._held[member] = self._strangers.pop(pid)
         for member in list(self._tree.members):
             if member not in self._held or not self._held[member].tracees:
                 self._tree.look_after(member)
@@ -332,7 +349,9 @@ class StoppedTree:
     def _stop_stranger(self, process: Process) -> None:
         held = StoppedProcess(process)
         self._strangers[process.pid] = held
-        stop_all([held])
+        self._every.append(held)
+        look_before([held], self._deadline)
+        stop_all([held], self._deadline)
         if not held.tracees:
             raise TargetGone(f"process {process.pid} has exited")
 
@@ -342,6 +361,6 @@ class StoppedTree:
 
     def release(self) -> int:
         """Let them all go; how many waits were given back."""
-        every = [*self._held.values(), *self._strangers.values()]
-        release_all(every)
-        return sum(held.waits_given_back for held in every)
+        release_all(self._every)
+        self._reaper.close()
+        return sum(held.waits_given_back for held in self._every)

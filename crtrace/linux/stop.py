@@ -67,16 +67,15 @@ class StoppedProcess:
 
     def stop(self) -> None:
         """Stop every thread. Raises ``TargetGone``, ``NotPermitted`` or ``TargetBusy``."""
-        stop_all([self], self._patience)
+        deadline = time.monotonic() + self._patience
+        look_before([self], deadline)
+        with reaping([self]):
+            stop_all([self], deadline)
         if not self.tracees:
             raise self.process.gone()
 
     def look_before(self, deadline: float) -> None:
-        """See, while all run, which threads are to be stopped, and wait for those that cannot.
-
-        Who waits for a vfork child or a file server may do so for long; stopping the others
-        meanwhile would be in vain, and seen.
-        """
+        """See, while all run, which threads are to be stopped; see the function of that name."""
         pid = self.process.pid
         threads = {tid: thread_stat(pid, tid) for tid in self.process.threads()}
         self._looked_at = {tid for tid, stat in threads.items() if not _is_io_worker(stat)}
@@ -148,22 +147,29 @@ class StoppedProcess:
             self.tracees.clear()
 
 
-def stop_all(processes: list[StoppedProcess], patience: float = PATIENCE) -> None:
-    """Stop every thread of several processes, all interrupted first and waited for after.
+def look_before(processes: Iterable[StoppedProcess], deadline: float) -> None:
+    """See, while all run, which threads are to be stopped, and wait for those that cannot.
 
-    A process that is gone ends with no ``tracees``. If anything fails on the way, every thread
-    already stopped is let go. Raises ``NotPermitted`` or ``TargetBusy``.
+    Who waits for a vfork child or a file server may do so for long; stopping the others meanwhile
+    would be in vain, and seen. Raises ``TargetBusy`` at the ``deadline`` of the monotonic clock.
     """
-    deadline = time.monotonic() + patience
     for each in processes:
         with suppress(TargetGone):
             each.look_before(deadline)
+
+
+def stop_all(processes: list[StoppedProcess], deadline: float) -> None:
+    """Stop every thread of several processes, all interrupted first and waited for after.
+
+    To be called after ``look_before``, within ``reaping``. A process that is gone ends with no
+    ``tracees``. If anything fails on the way, every thread already stopped is let go. Raises
+    ``NotPermitted`` or ``TargetBusy``.
+    """
     pausing(True)
     try:
-        with _reaping(processes):
-            while fresh := [(each, tids) for each in processes if (tids := each.interrupt())]:
-                for each, tids in fresh:
-                    each.wait(tids, deadline)
+        while fresh := [(each, tids) for each in processes if (tids := each.interrupt())]:
+            for each, tids in fresh:
+                each.wait(tids, deadline)
     except BaseException:
         release_all(processes)
         raise
@@ -197,11 +203,11 @@ def twice(step: Callable[..., object], *args: object) -> None:
 
 
 @contextmanager
-def _reaping(processes: list[StoppedProcess]) -> Iterator[None]:
+def reaping(processes: list[StoppedProcess]) -> Iterator[None]:
     """Reap threads that end, from a thread of our own, as long as the block runs.
 
     To seize a thread that calls ``execve`` we sleep in the kernel until that is through, and it
-    waits until those that it ended, our tracees, are reaped.
+    waits until those that it ended, our tracees, are reaped. ``processes`` may grow meanwhile.
     """
     done = threading.Event()
     threading.Thread(target=_reap_until, args=(processes, done), daemon=True).start()
@@ -213,7 +219,7 @@ def _reaping(processes: list[StoppedProcess]) -> Iterator[None]:
 
 def _reap_until(processes: list[StoppedProcess], done: threading.Event) -> None:
     while not done.wait(0.01):
-        for each in processes:
+        for each in list(processes):
             for tid in [tid for tid in list(each.tracees) if tid != each.process.pid]:
                 with suppress(ChildProcessError):
                     # A stop would be reported too, and is left for whoever waits for it.

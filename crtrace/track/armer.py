@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,11 +49,14 @@ class Armer(Protocol):
     def arm(self, stopped: StoppedProcess) -> None:
         """Set up, with the target stopped. Everything counts as written until the first scan."""
 
-    def scan(self, space: AddressSpace, *, stopped: bool) -> Scan:
+    def scan(
+        self, space: AddressSpace, *, stopped: bool, beside: ThreadPoolExecutor | None = None
+    ) -> Scan:
         """The sets as of now. Raises ``TargetGone``.
 
         ``space`` must have been refreshed if the target is ``stopped``; while it runs, the scan
-        refreshes it itself where it has to, and may stop the target for a moment.
+        refreshes it itself where it has to, and may stop the target for a moment. ``beside`` is a
+        thread that may do a part of it.
         """
 
     def everything(self) -> U64:

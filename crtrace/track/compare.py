@@ -7,6 +7,7 @@ did not change is found by its hash and not stored again.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
@@ -31,7 +32,9 @@ class CompareArmer:
     def arm(self, stopped: StoppedProcess) -> None:
         """See :class:`crtrace.track.armer.Armer`."""
 
-    def scan(self, space: AddressSpace, *, stopped: bool) -> Scan:
+    def scan(
+        self, space: AddressSpace, *, stopped: bool, beside: ThreadPoolExecutor | None = None
+    ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.ranges(lambda vma: not vma.shared))
         return Scan(own, subtract(EVERYTHING, own), own)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
 
 import numpy as np
@@ -118,6 +119,8 @@ class UserfaultfdArmer:
         if not pagemap.supported(self._pagemap):
             raise _no_scan(self._process)
         self._scanner = KernelScanner(self._pagemap)
+        self._second = KernelScanner(self._pagemap)
+        """For what is looked for at the same time."""
         self._space.refresh()
         self._gadgets = find_gadgets(self._process, self._space.vmas)
 
@@ -155,24 +158,37 @@ class UserfaultfdArmer:
             return FeatureMissing("this kernel has no userfaultfd")
         return error
 
-    def scan(self, space: AddressSpace, *, stopped: bool) -> Scan:
+    def scan(
+        self, space: AddressSpace, *, stopped: bool, beside: ThreadPoolExecutor | None = None
+    ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._adopt(space, fresh, stopped) if len(fresh) else fresh
         if self._uncleared:
             self._clear_marks(space, stopped)
-        # What a scan has armed and could not hand over looks as if it had not been written.
-        again, self._doubtful = self._doubtful, True
-        written, _ = self._scanner.scan(WRITTEN, arm=True)
-        if again:
-            written = merge(written, self.everything())
-        absent, markers = self._not_present_ranges(space)
+        if beside:
+            looking = beside.submit(self._not_present_ranges, space)
+            try:
+                written = self._written()
+            finally:
+                wait([looking])
+            absent, markers = looking.result()
+        else:
+            written = self._written()
+            absent, markers = self._not_present_ranges(space)
         of_files = self._of_files(space)
         mapped = merge(space.ranges(lambda vma: not vma.shared))
         gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
         found = Scan(merge(subtract(written, of_files), fresh, markers), gone, unarmed)
         self._doubtful = False
         return found
+
+    def _written(self) -> U64:
+        """What was written since it was armed; it is armed again."""
+        # What a scan has armed and could not hand over looks as if it had not been written.
+        again, self._doubtful = self._doubtful, True
+        written, _ = self._scanner.scan(WRITTEN, arm=True)
+        return merge(written, self.everything()) if again else written
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
@@ -237,7 +253,7 @@ class UserfaultfdArmer:
         When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
         page keeps its protection. Such pages are read again, and turn out as what they are.
         """
-        ranges, categories = self._scanner.scan(pagemap.NOTHING_THERE)
+        ranges, categories = self._second.scan(pagemap.NOTHING_THERE)
         # A guard page looks swapped out too, and reads as nothing.
         swapped = (categories & np.uint64(pagemap.SWAPPED | pagemap.GUARD)) == pagemap.SWAPPED
         armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)

@@ -4,7 +4,8 @@
  *
  * Options: --mib S (64), --tick US (200).
  * Commands: random N (write N pages, none twice), run N (write N pages in a row), write MB/s (write
- * whole random pages from now on; 0: stop, answer pages and nanoseconds), gap (the longest time
+ * whole random pages from now on; 0: stop, answer pages and nanoseconds), touch N (write a word of N
+ * pages in a row, answer nanoseconds), gap (the longest time
  * between two ticks since the last "gap", and the longest without what was spent waiting for a
  * processor, in nanoseconds). There is nothing to check at the end.
  */
@@ -57,6 +58,15 @@ static void write_pages(uint64_t count, bool scattered)
 
 	for (uint64_t i = 0; i < count; i++)
 		write_page(scattered ? shuffled(i, salt) : first + i, &random);
+}
+
+static int64_t touch_pages(uint64_t count)
+{
+	int64_t began = now_ns();
+
+	for (uint64_t i = 0; i < count; i++)
+		*(volatile uint64_t *)(data + i * PAGE) += 1;
+	return now_ns() - began;
 }
 
 static void *write_for_ever(void *unused)
@@ -212,6 +222,8 @@ int main(int argc, char **argv)
 			say("ok %ld %ld", gap.all, gap.off);
 		} else if (!strncmp(line, "write ", 6)) {
 			write_at(number);
+		} else if (whole && !strncmp(line, "touch ", 6)) {
+			say("ok %ld", touch_pages(number));
 		} else if (whole && (!strncmp(line, "random ", 7) || !strncmp(line, "run ", 4))) {
 			write_pages(number, line[1] == 'a');
 			say("ok");

@@ -30,7 +30,8 @@ def test_setup_refuses_a_kind_that_it_does_not_know() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["setup", "crtrace", "demo", "test", "fuzz", "bench", "bench-pause", "bench-tree", "bench-chain"],
+    ["setup", "crtrace", "demo", "test", "fuzz",
+     "bench", "bench-pause", "bench-tree", "bench-chain"],
 )  # fmt: skip
 def test_scripts_are_programs(name: str) -> None:
     assert os.access(ROOT / "scripts" / name, os.X_OK)

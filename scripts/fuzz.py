@@ -62,7 +62,7 @@ from tests.image.support import RW, ZERO, add_task, anon, noise, numbers, page, 
 PATIENCE = 5.0
 """Seconds of processor time that one execution may take."""
 MEMORY = 256 << 20
-"""Bytes of address space that an execution may add to what is there at the start."""
+"""Bytes of address space that an execution may add to what is there when it begins."""
 MOST_CHANGES = 4
 CHAIN_FILE = re.compile(r"lock|chain\.idx(\.part)?|[\d.]+\.img(\.part)?|spool-\d\.part")
 SPACE, OBJECT, CHILD = 1, 2, 3
@@ -536,6 +536,7 @@ KINDS: dict[str, Callable[[list[dict[str, bytes]], Path], Any]] = {
 
 def failure(kind: Any, case: Any) -> str:
     """Execute a case: what is wrong and where; nothing: an empty text."""
+    limit_memory(MEMORY)
     try:
         kind.execute(case)
     except (Exception, Hang) as error:
@@ -654,7 +655,6 @@ def main() -> int:
         if arguments.atheris:
             with_atheris(Records(seeds, scratch), arguments)
         kinds = {what: KINDS[what](seeds, scratch) for what in arguments.what or KINDS}
-        limit_memory(MEMORY)
         for what, kind in kinds.items():
             start = time.monotonic()
             number = fuzz(

@@ -70,7 +70,8 @@ class PageIndex:
                 if int(pages[0]) <= reach or (pages[1:] <= pages[:-1]).any():
                     raise ImageDamaged(f"{where}: page numbers do not ascend")
                 reach = int(pages[-1])
-                fences.append(pages[-first % FENCE_ROWS :: FENCE_ROWS])
+                # A view would keep the whole piece in memory.
+                fences.append(pages[-first % FENCE_ROWS :: FENCE_ROWS].copy())
         if reach >= PAGE_LIMIT:
             raise ImageDamaged(f"{where}: page number {reach:#x} is not below 2^52")
         return np.concatenate(fences)

@@ -257,6 +257,29 @@ def test_single_pages_are_found_at_every_window_edge(large: Path) -> None:
                 assert len(index.between(3 * row, 3 * row + 4).pages) == 2
 
 
+def test_an_open_index_takes_next_to_nothing(tmp_path: Path) -> None:
+    """Some bytes for each 1024 pages, not some for each; while it is read, one piece more."""
+
+    def opened(count: int) -> tuple[int, int]:
+        """The memory that an index of so many pages takes, and took at most."""
+        path = tmp_path / str(count)
+        with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+            add_task(image)
+            image.mark_zeros(SPACE, np.arange(count, dtype=np.uint64))
+            image.commit({})
+        with Chain.open(path) as chain:
+            image = chain.image(chain.entries[0])
+            tracemalloc.start()
+            assert len(image.page_index(SPACE)) == count
+            taken = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+        return taken
+
+    small, large = opened(1 << 19), opened(1 << 21)
+    assert large[0] - small[0] < 64 << 10
+    assert large[1] - small[1] < 256 << 10
+
+
 def test_a_search_for_pages_far_apart_reads_little(
     large: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

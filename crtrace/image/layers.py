@@ -101,14 +101,18 @@ class OwnLayer:
 
 
 class SummaryLayer:
-    """The parts of a summary; ``level`` is where the lineage goes on, at its end for nowhere."""
+    """The parts of a summary; ``level`` is where the lineage goes on, at its end for nowhere, and
+    ``end`` is just behind the images that are summed up."""
 
-    def __init__(self, parts: tuple[SummaryPart, ...], lineage: Lineage, level: int) -> None:
+    def __init__(
+        self, parts: tuple[SummaryPart, ...], lineage: Lineage, level: int, end: int
+    ) -> None:
         self._parts = parts
         self._lineage = lineage
         self._ends = np.array([part.end for part in parts], dtype=np.uint64)
         self.fences = np.concatenate([part.fences for part in parts])
         self.level = level
+        self.end = end
 
     def find(self, pages: U64) -> tuple[Bools, Levels, U64]:
         none = np.empty(0, dtype=np.uint64)
@@ -204,18 +208,22 @@ def summary_layer(lineage: Lineage, space: int, level: int) -> SummaryLayer | No
         return None
     if not parts:
         return None
-    end = len(lineage)
-    if parts[0].base != NO_EPOCH:
-        end = int(lineage.levels(np.array([parts[0].base], dtype=np.uint64))[0])
-        if end < 0:
-            return None
-    return SummaryLayer(parts, lineage, end) if _holds(parts, lineage, level, end) else None
+    newest, oldest = _extent(parts, lineage, level)
+    if parts[0].base == NO_EPOCH:
+        # It says all there is. What is older may be written again: that adds holes at most.
+        go_on, end = len(lineage), oldest + 1
+    else:
+        go_on = end = int(lineage.levels(np.array([parts[0].base], dtype=np.uint64))[0])
+    there = level <= newest and oldest < end and lineage.seen_by(level, end)
+    return SummaryLayer(parts, lineage, go_on, end) if there else None
 
 
-def _holds(parts: tuple[SummaryPart, ...], lineage: Lineage, level: int, end: int) -> bool:
-    """Whether the images that a summary sums up are there, and as they were."""
+def _extent(parts: tuple[SummaryPart, ...], lineage: Lineage, level: int) -> tuple[int, int]:
+    """The levels of the newest and the oldest image that a summary names; with no row: its own.
+
+    -1 is newer than all: an image that is not there.
+    """
     levels = [lineage.levels(part.epochs(0, len(part))) for part in parts if len(part)]
-    oldest = max((int(each.max()) for each in levels), default=level)
     newest = min((int(each.min()) for each in levels), default=level)
-    last = end if end < len(lineage) else oldest + 1
-    return newest >= level and oldest < end and lineage.seen_by(level, last)
+    oldest = max((int(each.max()) for each in levels), default=level)
+    return newest, oldest

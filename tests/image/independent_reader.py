@@ -601,11 +601,14 @@ class Chain:
         if not self.summaries or summary is None:
             return None
         lineage = self.lineage(epoch)
-        if summary.base != NONE:
-            if summary.base not in lineage[1:]:
-                return None
-            lineage = lineage[: lineage.index(summary.base)]
         epochs = {entry.epoch for entry in summary.entries.values()}
+        if summary.base == NONE:
+            oldest = min(epochs, default=epoch)
+            lineage = [number for number in lineage if number >= oldest]
+        elif summary.base in lineage[1:]:
+            lineage = lineage[: lineage.index(summary.base)]
+        else:
+            return None
         made = self.entries[epoch]["generation"]
         again = any(self.entries[number]["generation"] > made for number in lineage)
         return None if again or not epochs <= {*lineage} else summary

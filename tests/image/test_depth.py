@@ -16,8 +16,18 @@ from crtrace.image import imagefile, layers, summary
 from crtrace.image.places import PAGE_LIMIT
 from crtrace.image.reader import Chain
 from crtrace.image.store import ChainWriter
-from tests.image.support import SPACE, add_task, apply_step, contents, epoch, noise, numbers, page
-from tests.image.tamper import rewrite
+from tests.image.support import (
+    SPACE,
+    add_task,
+    apply_step,
+    contents,
+    epoch,
+    noise,
+    numbers,
+    page,
+    write,
+)
+from tests.image.tamper import Image, rewrite
 
 SUMMARY = 15
 
@@ -117,6 +127,34 @@ def test_a_summary_that_lies_is_found(tmp_path: Path, change: str) -> None:
             assert report.damage[0].pages_lost == 0
         if change not in ("place", "epoch", "base"):
             assert contents(chain.epoch(8)) == before
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_summary_of_a_whole_space_that_leaves_something_out_is_found(
+    tmp_path: Path, left_out: int
+) -> None:
+    """Also when nothing is left of the image in which it was."""
+    with ChainWriter.open(tmp_path, create=True) as writer:
+        for number in range(9):
+            with writer.begin() as image:
+                add_task(image)
+                if number > 1:
+                    add_task(image, pid=200, space=2)
+                    write(image, {min(number, 3): noise(number)}, space=2)
+                image.commit({})
+
+    def alter(image: Image) -> None:
+        (record,) = (each for each in image.records(SUMMARY) if each.payload[0] == 2)
+        assert (record.payload[8:16], record.payload[32]) == (bytes([255] * 8), 2)
+        columns = (40, 8), (56, 8), (72, 16), (104, 8)
+        kept = (record.payload[at + size * (1 - left_out) :][:size] for at, size in columns)
+        record.payload[32:] = (1).to_bytes(8, "little") + b"".join(kept)
+
+    with Chain.open(tmp_path) as chain:
+        assert verify(chain).ok
+    rewrite(tmp_path, 8, alter)
+    with Chain.open(tmp_path) as chain:
+        assert [damage.record.split()[0] for damage in verify(chain).damage] == ["SUMMARY"]
 
 
 OPERATION = st.tuples(

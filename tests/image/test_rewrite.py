@@ -25,6 +25,7 @@ from crtrace.rewrite import prune as prune_module
 from crtrace.rewrite.merge import merge
 from crtrace.rewrite.prune import prune
 from crtrace.units import PAGE_SIZE
+from tests.image.second_opinion import assert_same
 from tests.image.support import (
     SPACE,
     ZERO,
@@ -221,6 +222,33 @@ def test_a_number_that_stood_for_something_else_leaves_nothing_behind(tmp_path: 
     assert {at: held[2] for at, (held, _) in found.items()} == {
         0: {1: noise(1), 2: noise(2)}, 2: {2: noise(3)}, 3: {2: noise(3)},
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("lasting", [0, 2, 4])
+def test_a_summary_says_all_whatever_becomes_of_older_images(tmp_path: Path, lasting: int) -> None:
+    """Space 2 is not in the image that is dropped. The next one, written again, has holes for what
+    an older space of that number had; the last one sums up the new space alone."""
+    path = tmp_path / "chain"
+    with ChainWriter.open(path, create=True) as writer:
+        for number in range(9):
+            with writer.begin() as image:
+                add_task(image)
+                if number != 1:
+                    add_task(image, pid=200, space=2)
+                    pages = {20: noise(number)}
+                    if number in (0, lasting):
+                        pages[21 + number] = page(7)
+                    write(image, pages, space=2)
+                image.commit({})
+    before = state(path)
+    assert prune(path, keep=7, every=2).rewritten == (2,)
+    assert state(path) == {at: before[at] for at in before if at != 1}
+    with Chain.open(path) as chain:
+        view = chain.epoch(8)
+        assert len(view.lineage) == 8
+        # With a row of what was written again, it is of no use.
+        assert len(view.layers(2)) == (8 if lasting == 2 else 1)
+    assert_same(path)
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])

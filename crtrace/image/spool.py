@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 
 import numpy as np
 
+from crtrace.faults import point
 from crtrace.image.chaindir import PART, ChainDir, explained
 from crtrace.image.codec import as_bytes
 from crtrace.image.framing import INDEX_HEAD
@@ -15,6 +17,8 @@ from crtrace.image.places import PageKind, kinds
 
 PIECE = 1 << 20
 """Bytes read back at a time."""
+SIZES = 8, 8, 16
+"""Bytes a row in each column."""
 
 
 class Spool:
@@ -30,9 +34,7 @@ class Spool:
         self.counts = dict.fromkeys(PageKind, 0)
         try:
             for column in range(3):
-                name = f"spool-{column}{PART}"
-                self._files.append(directory.create(name))
-                directory.remove(name)
+                self._files.append(_nameless(directory, f"spool-{column}{PART}"))
         except BaseException:
             self.close()
             raise
@@ -40,11 +42,10 @@ class Spool:
     def append(self, entries: Entries) -> None:
         """Add entries, whose pages follow those that are there."""
         columns = entries.pages, entries.places, entries.hashes
+        rows = sum(self.counts.values())
         with explained("writing", self._path):
-            for fd, column in zip(self._files, columns, strict=True):
-                left = as_bytes(column)
-                while left.nbytes:
-                    left = left[os.write(fd, left) :]
+            for fd, size, column in zip(self._files, SIZES, columns, strict=True):
+                _write(fd, as_bytes(column), rows * size)
         found, counts = np.unique(kinds(entries.places), return_counts=True)
         for kind, count in zip(found.tolist(), counts.tolist(), strict=True):
             self.counts[PageKind(kind)] += count
@@ -56,14 +57,44 @@ class Spool:
 
     def __iter__(self) -> Iterator[bytes]:
         """The payload in pieces."""
-        yield INDEX_HEAD.pack(self._space, 0, sum(self.counts.values()))
-        for fd in self._files:
-            at = 0
-            while piece := os.pread(fd, PIECE, at):
+        rows = sum(self.counts.values())
+        yield INDEX_HEAD.pack(self._space, 0, rows)
+        for fd, size in zip(self._files, SIZES, strict=True):
+            for at in range(0, rows * size, PIECE):
+                with explained("reading", self._path):
+                    piece = _read(fd, min(PIECE, rows * size - at), at)
                 yield piece
-                at += len(piece)
 
     def close(self) -> None:
         """Forget everything."""
         while self._files:
             os.close(self._files.pop())
+
+
+def _nameless(directory: ChainDir, name: str) -> int:
+    """A descriptor of a new file, which is gone when that is closed."""
+    fd = directory.create(name)
+    try:
+        directory.remove(name)
+    except BaseException:
+        os.close(fd)
+        directory.remove(name)  # left there, it would be in the next one's way
+        raise
+    return fd
+
+
+def _write(fd: int, left: memoryview, at: int) -> None:
+    while left.nbytes:
+        point("pwrite of a spool")
+        done = os.pwrite(fd, left, at)
+        if not done:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left, at = left[done:], at + done
+
+
+def _read(fd: int, length: int, at: int) -> bytes:
+    point("pread of a spool")
+    piece = os.pread(fd, length, at)
+    if len(piece) != length:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    return piece

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -13,8 +14,10 @@ from typing import Any
 
 import pytest
 
+from crtrace import image, rewrite
 from crtrace.errors import CrtraceError
 from crtrace.image.store import ChainWriter
+from tests.image import power
 from tests.image.history import LENGTH, assert_goes_on, commit_next, committed
 from tests.image.support import epoch, noise, read_all
 
@@ -24,6 +27,20 @@ CALLS = (
 FAULTS = [errno.ENOSPC, errno.EIO]
 
 pytestmark = pytest.mark.usefixtures("unsynced")
+
+
+HARMLESS = {
+    "close", "fstat", "getpid", "listdir", "major", "minor", "posix_fadvise", "pread", "read",
+    "strerror", "sync", "urandom", "cpu_count",
+}  # fmt: skip
+"""What is called that changes no file."""
+
+
+def test_every_call_that_changes_files_is_tried() -> None:
+    sources = [*Path(image.__path__[0]).glob("*.py"), *Path(rewrite.__path__[0]).glob("*.py")]
+    called = {name for each in sources for name in re.findall(r"\bos\.(\w+)\(", each.read_text())}
+    assert called - HARMLESS == {*CALLS}
+    assert called - HARMLESS <= {*power.CALLS}
 
 
 def write_chain(path: Path, length: int = LENGTH) -> None:

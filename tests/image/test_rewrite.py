@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 import tempfile
 import tracemalloc
+from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from crtrace import faults
 from crtrace.analyze.verify import verify
 from crtrace.errors import CrtraceError, ImageDamaged, UsageError
 from crtrace.image import summary
@@ -40,7 +42,7 @@ from tests.image.support import (
     small_chain,
     write,
 )
-from tests.image.test_crash import fails, outcome, trip_at
+from tests.image.test_crash import FAULTS, fails, outcome, trip_at
 
 Memory = dict[int, dict[int, bytes]]
 
@@ -251,7 +253,7 @@ def test_a_summary_says_all_whatever_becomes_of_older_images(tmp_path: Path, las
     assert_same(path)
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize("error", FAULTS)
 def test_the_chain_is_the_old_one_or_the_new_one_whatever_call_fails(
     tmp_path: Path, error: int
 ) -> None:
@@ -371,18 +373,68 @@ def merge_newest(path: Path, into: Path) -> None:
         merge(chain.epoch(), into)
 
 
-def test_a_merge_that_fails_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("error", FAULTS)
+def test_a_merge_that_fails_leaves_nothing(tmp_path: Path, error: int) -> None:
     path = ten(tmp_path / "chain")
     for number in range(1, 200):
         with pytest.MonkeyPatch.context() as patch:
-            calls = trip_at(patch, number, fails(errno.ENOSPC))
+            calls = trip_at(patch, number, fails(error))
             failure = outcome(merge_newest, path, tmp_path / "out")
             if not failure and next(calls) <= number:
                 break
-        assert not failure or "no space left" in str(failure)
+        assert not failure or os.strerror(error).lower() in str(failure)
         assert sorted(os.listdir(tmp_path)) == (["chain", "out"] if not failure else ["chain"])
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
     assert number > 10
+
+
+def trip_spool(patch: pytest.MonkeyPatch, number: int, error: int) -> Iterator[int]:
+    """Have the Nth call for a spool fail. Returns the counter that tells the calls."""
+    calls = count()
+    for name in ("open", "unlink", "pwrite", "pread"):
+        original = getattr(os, name)
+
+        def call(what: Any, *args: Any, real: Any = original, **fields: Any) -> Any:
+            where = os.readlink(f"/proc/self/fd/{what}") if isinstance(what, int) else str(what)
+            if "spool-" in where and next(calls) == number:
+                raise OSError(error, os.strerror(error))
+            return real(what, *args, **fields)
+
+        patch.setattr(os, name, call)
+    return calls
+
+
+@pytest.mark.parametrize("error", FAULTS)
+@pytest.mark.parametrize("every", [None, 0, 4])
+def test_any_call_of_a_spool_may_fail(tmp_path: Path, every: int | None, error: int) -> None:
+    """In a merge, and in a prune that writes full images and others."""
+    path = ten(tmp_path / "chain")
+    before, beside = files(path), os.listdir(tmp_path)
+    for number in count():
+        with pytest.MonkeyPatch.context() as patch:
+            calls = trip_spool(patch, number, error)
+            if every is None:
+                failure = outcome(merge_newest, path, tmp_path / "out")
+            else:
+                failure = outcome(lambda: prune(path, keep=2, every=every))
+            if not failure:
+                break
+        assert f"{os.strerror(error).lower()} while " in str(failure)
+        assert (files(path), os.listdir(tmp_path)) == (before, beside)
+    assert next(calls) == number, "a failure went unnoticed"
+    assert number >= 3 * 5, "each column is made, nameless, written, and read twice"
+
+
+def test_a_spool_passes_points_at_which_it_may_be_made_to_fail(tmp_path: Path) -> None:
+    path = ten(tmp_path / "chain")
+    faults.plan(f"count:{tmp_path / 'log'}")
+    try:
+        merge_newest(path, tmp_path / "out")
+    finally:
+        faults.plan("")
+    names = [line.split(maxsplit=2)[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert names.count("pwrite of a spool") >= 3
+    assert names.count("pread of a spool") >= 3
 
 
 def test_tasks_and_their_places_are_copied(tmp_path: Path) -> None:

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 
-from crtrace.errors import UsageError
+from crtrace.errors import CrtraceError, UsageError
 from crtrace.image.chaindir import ChainDir
-from crtrace.image.chainindex import IndexEntry, write_index
+from crtrace.image.chainindex import ChainIndex, IndexEntry, write_index
 from crtrace.image.epoch import Epoch
 from crtrace.image.filepool import FilePool
 from crtrace.image.framing import Part
@@ -108,17 +108,19 @@ class _Pruning:
                 self._write(step)
             for step in steps:
                 self._compare(step.entry)
+            after = list(self._new.values())
+            if self._dropped:
+                index = self._chain.index
+                write_index(self._directory, index.chain_id, index.created_ns, after)
         except BaseException:
-            self._remove(self._written)
+            self._take_back()
             raise
         finally:
             self._files.close()
-        after = list(self._new.values())
-        if self._dropped:
-            index = self._chain.index
-            write_index(self._directory, index.chain_id, index.created_ns, after)
-            names = {entry.name for entry in after}
-            self._remove(entry.name for entry in before if entry.name not in names)
+        names = {entry.name for entry in after}
+        for entry in before:
+            if entry.name not in names:
+                self._directory.remove(entry.name)
         return Pruned(
             tuple(self._new), tuple(sorted(self._dropped)),
             tuple(step.entry.epoch for step in steps),
@@ -184,9 +186,16 @@ class _Pruning:
     def _read(self, entry: IndexEntry) -> Image:
         return Image(self._files, entry, self._chain.chain_id)
 
-    def _remove(self, names: Iterable[str]) -> None:
-        for name in names:
-            self._directory.remove(name)
+    def _take_back(self) -> None:
+        """Remove what was written; but not when ``chain.idx``, as it is now, names it.
+
+        What cannot be removed means nothing, and the next writer removes it.
+        """
+        with suppress(CrtraceError):
+            named = {entry.name for entry in ChainIndex.read(self._directory).entries}
+            for name in self._written if named.isdisjoint(self._written) else ():
+                with suppress(CrtraceError):
+                    self._directory.remove(name)
 
     def enter(self, entry: IndexEntry) -> None:
         """For ``ImageWriter``: the image is on disk."""

@@ -271,6 +271,8 @@ def test_the_chain_is_the_old_one_or_the_new_one_whatever_call_fails(
                 break
         found = state(path)
         assert found in (before, after), f"call {number}"
+        if found == before:
+            assert files(path).keys() == files(source).keys(), f"left behind at call {number}"
         outcomes.add(found == after)
         prune(path, keep=2, every=4)
         assert state(path) == after
@@ -280,6 +282,31 @@ def test_the_chain_is_the_old_one_or_the_new_one_whatever_call_fails(
         shutil.rmtree(path)
     assert outcomes == {False, True}
     assert number > 60
+
+
+@pytest.mark.parametrize(("fault", "done"), [
+    ("pwrite of the index#1:enospc", False),
+    ("fdatasync#3:enospc", False),
+    ("rename#3:enospc", False),
+    ("fsync of the directory#4:enospc", True),
+])  # fmt: skip
+def test_what_is_new_goes_when_the_index_stays_and_not_otherwise(
+    tmp_path: Path, fault: str, done: bool
+) -> None:
+    path = ten(tmp_path / "chain")
+    before = files(path)
+    kept = {at: each for at, each in state(path).items() if at in (0, 4, 8, 9)}
+    faults.plan(fault)
+    try:
+        with pytest.raises(CrtraceError, match=r"no space left .*chain\.idx"):
+            prune(path, keep=2, every=4)
+    finally:
+        faults.plan("")
+    if done:
+        assert state(path) == kept
+        assert before.keys() < files(path).keys(), "the old ones stay until that is on disk"
+    else:
+        assert files(path) == before
 
 
 def test_killed_at_any_call_it_is_the_old_one_or_the_new_one(tmp_path: Path) -> None:

@@ -193,6 +193,10 @@ class Image:
             raise ImageDamaged(f"{self.where(number)}: too short for what it is")
         return int.from_bytes(self.span(number, 0, 4), "little")
 
+    def length(self, number: int) -> int:
+        """The length of a record's payload, as the directory has it."""
+        return int(self.directory[number - 1]["length"])
+
     def index_id(self, space: int) -> int:
         """The id of the page index of a space of this epoch."""
         return self._spaces[space]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -16,7 +16,9 @@ from crtrace.image.codec import ZERO_PAGE_HASH, as_bytes, compress, equal_hashes
 from crtrace.image.contents import StoredContents
 from crtrace.image.framing import CHUNK_HEAD, INDEX_HEAD, OPTIONAL, Part, Record, RecordType
 from crtrace.image.header import ImageHeader, Stats
+from crtrace.image.layers import OwnLayer
 from crtrace.image.losses import Unreadable, UnreadableRange, UnreadableReason
+from crtrace.image.pageindex import PageIndex
 from crtrace.image.pagetable import KnownPages
 from crtrace.image.pending import (
     LAST_ROUND,
@@ -29,6 +31,7 @@ from crtrace.image.places import SAME, PageKind, place
 from crtrace.image.recordfile import RecordFile
 from crtrace.image.records import Mm
 from crtrace.image.spool import Spool
+from crtrace.image.summary import PENDING, OwnRows, PendingLayer
 from crtrace.image.tables import Files, Vmas
 from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bools, Bytes
 
@@ -45,8 +48,9 @@ class Owner(Protocol):
     def abandoned(self) -> None:
         """The epoch will not be."""
 
-    def summaries(self, header: ImageHeader, settled: dict[int, Entries]) -> Iterable[list[Part]]:
-        """What the image repeats of earlier ones: payloads of SUMMARY records."""
+    def summaries(self, header: ImageHeader, own: Iterable[OwnRows]) -> Iterable[list[Part]]:
+        """What the image, which has ``own`` rows, repeats of earlier ones: payloads of SUMMARY
+        records."""
 
 
 class ImageWriter:
@@ -78,6 +82,9 @@ class ImageWriter:
         self._open = True
         self._directory = directory
         self._spools: dict[int, Spool] = {}
+        self._finished: dict[int, int] = {}
+        """Space -> the record that is its page index."""
+        self._totals = dict.fromkeys(PageKind, 0)
         self._losses: list[UnreadableRange] = []
         self._file = RecordFile(directory, image_name(header.epoch, generation))
         try:
@@ -100,7 +107,8 @@ class ImageWriter:
     def add(self, record: Record, *, parent: int = 0) -> int:
         """Write a record; its id, for records that belong to it to name as their parent."""
         for space in _spaces_named(record):
-            self._space(space)
+            if space not in self._finished:
+                self._space(space)
         return self._file.append(record.TYPE, [record.pack()], parent=parent)[0]
 
     def inherit(self, space: int, origin: int) -> None:
@@ -225,6 +233,8 @@ class ImageWriter:
         self._space(space).add(round, pages.copy(), np.full(len(pages), where))
 
     def _space(self, space: int) -> PendingSpace:
+        if space in self._finished:
+            raise CrtraceError(f"{self._file.where(self._finished[space])} is written already")
         with self._lock:
             return self._spaces.setdefault(space, PendingSpace())
 
@@ -238,6 +248,21 @@ class ImageWriter:
         entries = self._settled(space)
         self._losses += take_unreadable(space, entries)
         self._spools[space].append(entries)
+
+    def finish(self, space: int) -> None:
+        """Nothing follows about ``space``: write its page index. No thread may be writing.
+
+        So that many spaces take no more memory and files than one.
+        """
+        self.settle(space)
+        self._spaces.pop(space)
+        spool = self._spools.pop(space)
+        try:
+            self._finished[space] = self._file.append(RecordType.PAGE_INDEX, spool)[0]
+        finally:
+            spool.close()
+        for kind, count in spool.counts.items():
+            self._totals[kind] += count
 
     def _settled(self, space: int) -> Entries:
         entries = self._space(space).settle(self._parents.get(space))
@@ -253,10 +278,9 @@ class ImageWriter:
         self._must_be_open()
         self._contents = StoredContents()  # it takes as much memory as what comes now
         try:
-            for space in self._spools:
-                self.settle(space)
-            others = sorted(self._spaces.keys() - self._spools.keys())
-            settled = {space: self._settled(space) for space in others}
+            for space in sorted(self._spools):
+                self.finish(space)
+            settled = {space: self._settled(space) for space in sorted(self._spaces)}
             entry = self._publish(settled, stats)
             self._owner.enter(entry)
         except EntryMayExist:
@@ -266,7 +290,7 @@ class ImageWriter:
             self.abort()
             raise
         self._close()
-        self._owner.learn(entry, None if self._spools else settled)
+        self._owner.learn(entry, None if self._finished else settled)
         return entry
 
     def _close(self) -> None:
@@ -283,13 +307,11 @@ class ImageWriter:
         for space, entries in settled.items():
             self._losses += take_unreadable(space, entries)
             self._write_index(space, entries)
-        for spool in self._spools.values():
-            self._file.append(RecordType.PAGE_INDEX, spool)
-        for payload in self._owner.summaries(self.header, settled):
+        for payload in self._owner.summaries(self.header, self._own(settled)):
             self._file.append(RecordType.SUMMARY, payload, flags=OPTIONAL)
         if self._losses:
             self.add(Unreadable(tuple(sorted(self._losses, key=lambda row: row.space))))
-        counts = self._counts(settled)
+        counts = self._counts()
         stats.update(counts)
         self.add(Stats(stats))
         image_hash, length = self._file.finish()
@@ -308,13 +330,20 @@ class ImageWriter:
         head = INDEX_HEAD.pack(space, 0, len(entries.pages))
         columns = (entries.pages, entries.places, entries.hashes)
         self._file.append(RecordType.PAGE_INDEX, [head, *map(as_bytes, columns)])
+        for kind in PageKind:
+            self._totals[kind] += entries.count(kind)
 
-    def _counts(self, settled: dict[int, Entries]) -> dict[str, int]:
-        total = {
-            kind: sum(entries.count(kind) for entries in settled.values())
-            + sum(spool.counts[kind] for spool in self._spools.values())
-            for kind in PageKind
-        }
+    def _own(self, settled: dict[int, Entries]) -> Iterator[OwnRows]:
+        """All that the image says; from disk, if it is there."""
+        for space in sorted(settled.keys() | self._finished.keys()):
+            if space in settled:
+                yield space, PendingLayer(settled[space])
+            else:
+                index = PageIndex(self._file, self._finished[space])
+                yield space, OwnLayer(index, PENDING)
+
+    def _counts(self) -> dict[str, int]:
+        total = self._totals
         return {
             "pages_written": total[PageKind.STORED] + total[PageKind.ZERO],
             "pages_zero": total[PageKind.ZERO],

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -13,9 +14,6 @@ from crtrace.image.framing import INDEX_HEAD, SUMMARY_HEAD
 from crtrace.image.header import NO_EPOCH
 from crtrace.image.places import PAGE_LIMIT, PageKind, kinds
 from crtrace.units import U64, Bools
-
-if TYPE_CHECKING:
-    from crtrace.image.imagefile import Image
 
 FENCE_ROWS = 1024
 """Every so many rows, one page number stays in memory: 8 bytes for 8 KiB of the column."""
@@ -34,6 +32,22 @@ class IndexRows:
     hashes: U64
 
 
+class Payloads(Protocol):
+    """An image, or what there is of one that is being written."""
+
+    def where(self, number: int) -> str:
+        """A record for messages."""
+
+    def length(self, number: int) -> int:
+        """The length of a payload."""
+
+    def slices(self, number: int) -> Iterator[bytes]:
+        """A payload in pieces, at least the head of an index in the first, whole rows in each."""
+
+    def span(self, number: int, at: int, length: int) -> bytes:
+        """Part of a payload."""
+
+
 class PageIndex:
     """The rows of a PAGE_INDEX record, checked as a whole once, then read as needed."""
 
@@ -41,7 +55,7 @@ class PageIndex:
     COLUMNS: ClassVar[tuple[int, ...]] = (8, 8, 16)
     """Bytes a row in each column: page, place, hash."""
 
-    def __init__(self, image: Image, number: int) -> None:
+    def __init__(self, image: Payloads, number: int) -> None:
         self._image = image
         self._number = number
         self._rows = 0
@@ -77,7 +91,7 @@ class PageIndex:
         return np.concatenate(fences)
 
     def _count(self, piece: bytes, where: str) -> int:
-        length = int(self._image.directory[self._number - 1]["length"])
+        length = self._image.length(self._number)
         rows = self._read_head(piece, where)
         if self.HEAD.size + rows * sum(self.COLUMNS) != length:
             raise ImageDamaged(f"{where}: {rows} rows do not fit a payload of {length} bytes")

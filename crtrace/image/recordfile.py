@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from xxhash import xxh3_128_digest
@@ -23,8 +24,11 @@ from crtrace.image.framing import (
     Tail,
     max_payload,
     padding,
+    type_name,
 )
 from crtrace.image.spool import Spool
+
+SLICE = 1 << 20
 
 
 class RecordFile:
@@ -104,6 +108,31 @@ class RecordFile:
                 os.posix_fadvise(self._fd, offset, done, os.POSIX_FADV_DONTNEED)
                 offset += done
                 left = _after(left, done)
+
+    def where(self, number: int) -> str:
+        """A record that was written, for messages."""
+        kind = type_name(self._rows[number - 1][0])
+        return f"{self._directory.path / self._name}: {kind} {number}"
+
+    def length(self, number: int) -> int:
+        """The length of the payload of a record that was written."""
+        return self._rows[number - 1][5]
+
+    def span(self, number: int, at: int, length: int) -> bytes:
+        """Part of the payload of a record that was written."""
+        offset = self._rows[number - 1][4] + HEADER.size + at
+        with explained("reading", self._directory.path / self._name):
+            point("pread of the image")
+            data = os.pread(self._fd, length, offset)
+            if len(data) != length:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return data
+
+    def slices(self, number: int) -> Iterator[bytes]:
+        """The payload of a record that was written, in pieces of up to 1 MiB."""
+        length = self.length(number)
+        for at in range(0, length, SLICE):
+            yield self.span(number, at, min(SLICE, length - at))
 
     def finish(self) -> tuple[bytes, int]:
         """Write directory and tail; no thread may still append. Image hash and file length."""

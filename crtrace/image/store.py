@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -18,7 +18,7 @@ from crtrace.image.pagetable import PageTable
 from crtrace.image.pending import Entries
 from crtrace.image.places import PageKind, kinds
 from crtrace.image.reader import Chain
-from crtrace.image.summary import images_summed_up, summaries
+from crtrace.image.summary import OwnRows, images_summed_up, summaries
 
 __all__ = ["ChainWriter", "ImageWriter"]
 
@@ -165,14 +165,14 @@ class ChainWriter:
             self.close()
             raise
 
-    def summaries(self, header: ImageHeader, settled: dict[int, Entries]) -> Iterator[list[Part]]:
+    def summaries(self, header: ImageHeader, own: Iterable[OwnRows]) -> Iterator[list[Part]]:
         """For ``ImageWriter``: what the epoch under way repeats of earlier ones."""
         depth = 0 if header.full else self._depth + 1
         if images_summed_up(depth):
             # Nothing of it is kept: in a long session that would be much.
             with Chain.of(self._directory) as chain:
                 before = chain.lineage(chain.entry(header.parent_epoch))
-                yield from summaries(header, before, settled)
+                yield from summaries(header, before, own)
 
     @property
     def _depth(self) -> int:

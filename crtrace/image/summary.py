@@ -5,7 +5,7 @@ So that a page is found after a few searches, however long the chain is. FORMAT.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -24,6 +24,9 @@ FAN_OUT = 8
 """A page written once is repeated in log8 of the chain's length summaries, of 40 bytes each; a
 search takes up to 7 times that many steps."""
 PENDING = -1
+"""The level of an image that is being written."""
+OwnRows = tuple[int, Rows]
+"""A space, and what such an image says of it."""
 
 
 def images_summed_up(depth: int) -> int:
@@ -38,7 +41,7 @@ def images_summed_up(depth: int) -> int:
 
 
 class PendingLayer:
-    """The entries of an image that is being written."""
+    """Entries, in memory, of an image that is being written."""
 
     def __init__(self, entries: Entries) -> None:
         self._entries = entries
@@ -51,24 +54,22 @@ class PendingLayer:
         return LayerRows(part.pages, levels, part.places, part.hashes)
 
 
-def summaries(
-    header: ImageHeader, before: Lineage, settled: dict[int, Entries]
-) -> Iterator[list[Part]]:
-    """The payloads of the SUMMARY records of an image: it sums up itself, with ``settled``, and the
-    first ones of ``before``.
+def summaries(header: ImageHeader, before: Lineage, own: Iterable[OwnRows]) -> Iterator[list[Part]]:
+    """The payloads of the SUMMARY records of an image: it sums up itself, with its ``own`` rows,
+    and the first ones of ``before``.
 
     A space that cannot be read back has none.
     """
     end = images_summed_up(len(before)) - 1
     epochs = np.array([*(entry.epoch for entry in before.entries), header.epoch], dtype=np.uint64)
-    for space, entries in settled.items() if end > 0 else ():
+    for space, newest in own if end > 0 else ():
         try:
             older, level, ended = gather(before, space, 0, end)
         except (ImageDamaged, ChainIncomplete):
             continue
         base = NO_EPOCH if ended else int(epochs[level])
         first = 0
-        for last, rows in _parts([PendingLayer(entries), *older]):
+        for last, rows in _parts([newest, *older]):
             head = SUMMARY_HEAD.pack(space, 0, base, first, last, len(rows.pages))
             columns = rows.pages, rows.places, rows.hashes, epochs[rows.levels]
             yield [head, *map(as_bytes, columns)]

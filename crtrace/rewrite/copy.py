@@ -52,6 +52,8 @@ def copy_pages(epoch: Epoch, image: ImageWriter, above: int, progress: Progress)
                     writers.finish()
                     image.settle(space)
                 progress(len(rows.pages))
+            writers.finish()
+            image.finish(space)
 
 
 def _rows(epoch: Epoch, space: int, above: int) -> Iterator[LayerRows]:

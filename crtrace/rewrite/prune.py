@@ -29,7 +29,7 @@ from crtrace.image.lineage import Lineage
 from crtrace.image.pending import Entries
 from crtrace.image.reader import Chain
 from crtrace.image.store import ready_for_writing
-from crtrace.image.summary import summaries
+from crtrace.image.summary import OwnRows, summaries
 from crtrace.rewrite.check import check_copy
 from crtrace.rewrite.copy import copy_pages, copy_records
 from crtrace.units import U64, Bools
@@ -208,11 +208,11 @@ class _Pruning:
     def abandoned(self) -> None:
         """For ``ImageWriter``."""
 
-    def summaries(self, header: ImageHeader, settled: dict[int, Entries]) -> Iterable[list[Part]]:
+    def summaries(self, header: ImageHeader, own: Iterable[OwnRows]) -> Iterable[list[Part]]:
         """For ``ImageWriter``: what the image repeats of earlier ones."""
         if header.parent_epoch in self._new:
             before = self._lineage(self._new[header.parent_epoch])
-            yield from summaries(header, before, settled)
+            yield from summaries(header, before, own)
 
 
 class _Anything:

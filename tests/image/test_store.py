@@ -20,12 +20,14 @@ import pytest
 
 from crtrace.analyze.verify import verify
 from crtrace.errors import CrtraceError, ImageDamaged, UsageError
+from crtrace.image import summary
 from crtrace.image.losses import Unreadable
 from crtrace.image.pagetable import PageTable
 from crtrace.image.places import PageKind
 from crtrace.image.reader import Chain
 from crtrace.image.store import ChainWriter
 from crtrace.units import PAGE_SIZE
+from tests.image.second_opinion import assert_same
 from tests.image.support import (
     SPACE,
     ZERO,
@@ -646,6 +648,39 @@ def test_no_descriptor_is_left_open(path: Path) -> None:
         with pytest.raises(ImageDamaged):
             kind.open(path)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_spaces_finished_one_after_the_other_are_as_those_that_are_not(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They share contents, in one image and in what it sums up."""
+    monkeypatch.setattr(summary, "FAN_OUT", 2)
+    expected: dict[int, dict[int, bytes]] = {1: {}, 2: {}, 3: {}}
+    for number in range(3):
+        with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+            for space, held in expected.items():
+                add_task(image, pid=space, space=space)
+                new = {1: noise(number), 10 + number: page(space), 20: page(7 + number)}
+                held.update(new)
+                write(image, new, space=space)
+                if space < 3:
+                    image.mark_unreadable(space, numbers([30 + number]), 5)
+                    image.settle(space)
+                    write(image, {40: noise(90), 41 + number: ZERO}, space=space)
+                    held.update({40: noise(90), 41 + number: ZERO, 30 + number: ZERO})
+                if space == 1:
+                    image.finish(space)
+            with pytest.raises(CrtraceError, match=f"{number:08d}.img: PAGE_INDEX .* already"):
+                write(image, {50: page(50)}, space=1)
+            add_task(image, pid=9, space=1)
+            image.commit({})
+    found = assert_same(path)[2]
+    with Chain.open(path) as chain:
+        assert verify(chain).ok
+        assert chain.image(chain.entry(2)).summary_ids.keys() == {1, 2, 3}
+        view = chain.epoch(2)
+        assert {space: contents(view, space=space) for space in view.spaces} == expected
+    assert found.keys() == {1, 2, 3}
 
 
 LIMITED = """

@@ -185,18 +185,38 @@ class MergedPages:
             if keep.any():
                 yield part.select(keep)
 
-    def changes(self, space: int, end: int) -> tuple[Iterator[LayerRows], bool]:
-        """What the images before ``lineage[end]`` say of a space, with holes; and whether it has
-        not existed further back."""
+    def changes(self, space: int, end: int) -> Iterator[LayerRows]:
+        """What the images before ``lineage[end]`` say of a space, with holes: also for what that
+        one has of an older space of the same number."""
         found, _, ended = gather(self.lineage, space, 0, end)
-        # The last summary may sum up older images, too.
-        return (part.select(part.levels < end) for part in merge_layers(found)), ended
+        layers: list[Rows] = [*found]
+        before = MergedPages(self.lineage.part(end))
+        if ended and space in before.spaces:
+            layers.append(_Gone(before.layers(space)))
+        for part in merge_layers(layers):
+            # The last summary may sum up older images, too.
+            yield part.select(part.levels < end)
 
     def index(self, space: int) -> LayerRows:
         """The merged page index of a space as a whole: 40 bytes a page."""
         none = np.empty(0, dtype=np.uint64)
         empty = LayerRows(none, none.astype(np.int64), none, none.reshape(0, 2))
         return joined([empty, *self.index_parts(space)])
+
+
+class _Gone:
+    """Holes where some layers, the newest first, have pages."""
+
+    def __init__(self, layers: Sequence[Rows]) -> None:
+        self._layers = layers
+        self.fences = np.concatenate([layer.fences for layer in layers])
+
+    def between(self, first: int, end: int) -> LayerRows:
+        """The rows of the pages ``[first, end)``."""
+        rows = _newest([layer.between(first, end) for layer in self._layers])
+        rows = rows.select(kinds(rows.places) != PageKind.HOLE)
+        holes = np.full(len(rows.pages), place(PageKind.HOLE))
+        return LayerRows(rows.pages, np.zeros_like(rows.levels), holes, np.zeros_like(rows.hashes))
 
 
 def merge_layers(

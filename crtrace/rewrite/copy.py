@@ -14,7 +14,7 @@ from crtrace.image.imagefile import RECORDS
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.layers import LayerRows
 from crtrace.image.merged import together
-from crtrace.image.places import PageKind, kinds, place
+from crtrace.image.places import PageKind, kinds
 from crtrace.units import CHUNK_PAGES, U64, Bytes
 
 Progress = Callable[[int], None]
@@ -41,39 +41,23 @@ def copy_pages(epoch: Epoch, image: ImageWriter, above: int, progress: Progress)
     """What the newest images of the lineage say, before ``lineage[above]``, on which ``image`` is
     built; all of them for a full image.
     """
-    full = above >= len(epoch.lineage)
     with _Writers(image) as writers:
         for space in epoch.spaces:
             for rows in together(_rows(epoch, space, above)):
                 _copy_marks(epoch, image, space, rows)
                 for pages, data in _arrays(epoch.contents_of(rows)):
                     writers.write(space, pages, data)
-                if full:
-                    writers.finish()
-                    image.settle(space)
+                writers.finish()
+                image.settle(space)
                 progress(len(rows.pages))
-            writers.finish()
             image.finish(space)
 
 
 def _rows(epoch: Epoch, space: int, above: int) -> Iterator[LayerRows]:
-    """The entries of a space; with holes where an older space of that number is built upon."""
+    """The entries of a space, in the order of the pages; with holes in an incremental image."""
     if above >= len(epoch.lineage):
-        yield from epoch.index_parts(space)
-        return
-    rows, ended = epoch.changes(space, above)
-    yield from rows
-    if ended and space in (before := Epoch(epoch.lineage.part(above))).spaces:
-        yield from _anew(epoch, before, space)
-
-
-def _anew(epoch: Epoch, before: Epoch, space: int) -> Iterator[LayerRows]:
-    """Holes where an older space of the same number had pages that this one has not."""
-    for rows in before.index_parts(space):
-        levels, _ = epoch.locate(space, rows.pages)
-        gone = rows.select(levels < 0)
-        holes = np.full(len(gone.pages), place(PageKind.HOLE))
-        yield LayerRows(gone.pages, gone.levels, holes, gone.hashes)
+        return epoch.index_parts(space)
+    return epoch.changes(space, above)
 
 
 def _copy_marks(epoch: Epoch, image: ImageWriter, space: int, rows: LayerRows) -> None:

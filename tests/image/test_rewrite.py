@@ -7,7 +7,7 @@ import resource
 import shutil
 import tempfile
 import tracemalloc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -175,25 +175,68 @@ def test_any_chain_thinned_out_in_any_way(
                 assert found == {at: expected[at] for at in done.kept}
 
 
-def test_the_memory_it_takes_does_not_grow_with_the_image(tmp_path: Path) -> None:
-    """Page indexes of a full copy go to files; 32 bytes for each page is what they would take."""
-    count, zeros = 2_000_000, np.zeros((512, PAGE_SIZE), dtype=np.uint8)
-    with ChainWriter.open(tmp_path / "chain", create=True) as writer:
-        for shift in range(2):
+LARGE = 2_000_000
+
+
+def large_chain(path: Path, halves: tuple[int, int], gone: int = -1) -> None:
+    """Nine epochs; two of them have every other of many pages each, and one lacks the space."""
+    zeros = np.zeros((512, PAGE_SIZE), dtype=np.uint8)
+    with ChainWriter.open(path, create=True) as writer:
+        for number in range(9):
             with writer.begin() as image:
-                add_task(image)
-                pages = np.arange(shift, count, 2, dtype=np.uint64)
-                for part in np.array_split(pages, len(pages) // 512 + 1):
-                    image.write_pages(SPACE, part, zeros[: len(part)])
+                add_task(image, space=SPACE if number != gone else 2)
+                if number in halves:
+                    pages = np.arange(halves.index(number), LARGE, 2, dtype=np.uint64)
+                    for part in np.array_split(pages, len(pages) // 512 + 1):
+                        image.write_pages(SPACE, part, zeros[: len(part)])
+                elif number != gone:
+                    write(image, {number: page(number + 1)})
                 image.commit({})
+
+
+def peak_of(act: Callable[[], object]) -> int:
+    """The most memory that something takes."""
     tracemalloc.start()
-    with Chain.open(tmp_path / "chain") as chain:
-        merge(chain.epoch(), tmp_path / "out")
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
+    try:
+        act()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("every", [None, 0, 4])
+def test_the_memory_it_takes_does_not_grow_with_the_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    """Page indexes of copies go to files; 32 bytes for each page is what they would take."""
+    monkeypatch.setattr(summary, "FAN_OUT", 2)
+    path = tmp_path / "chain"
+    large_chain(path, (5, 6))
+    if every is None:
+        peak = peak_of(lambda: merge_newest(path, tmp_path / "out"))
+        path = tmp_path / "out"
+    else:
+        peak = peak_of(lambda: prune(path, keep=2, every=every))
     assert peak < 48 << 20
-    with Chain.open(tmp_path / "out") as chain:
-        assert sum(len(part.pages) for part in chain.epoch().index_parts(SPACE)) == count
+    with Chain.open(path) as chain:
+        assert sum(len(part.pages) for part in chain.epoch().index_parts(SPACE)) == LARGE
+        assert verify(chain).ok
+        if every:
+            summed_up = chain.image(chain.entry(7)).summary(SPACE)
+            assert sum(map(len, summed_up)) == LARGE, "from the file, too"
+
+
+def test_many_holes_for_an_older_space_take_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(summary, "FAN_OUT", 2)
+    path = tmp_path / "chain"
+    large_chain(path, (3, 4), gone=5)
+    assert peak_of(lambda: prune(path, keep=2, every=4)) < 48 << 20
+    with Chain.open(path) as chain:
+        assert chain.entry(7).pages_hole == LARGE - 2
+        assert sum(map(len, chain.image(chain.entry(7)).summary(SPACE))) == LARGE
+        assert contents(chain.epoch(7)) == {6: page(7), 7: page(8)}
         assert verify(chain).ok
 
 

@@ -28,7 +28,7 @@ def merge(chain: Path, into: Path, epoch: int, as_json: bool) -> None:
     from crtrace.image.reader import Chain
     from crtrace.rewrite.merge import merge as write
 
-    bar = Bar("merging", lambda pages: f"{pages:.0f} pages")
+    bar = Bar("merging", lambda _: "")
     try:
         with Chain.open(chain) as opened:
             view = opened.epoch(epoch)

@@ -32,7 +32,7 @@ def prune(chain: Path, keep: int, every: int | None, as_json: bool) -> None:
     """
     from crtrace.rewrite.prune import prune as thin_out
 
-    bar = Bar("writing anew", lambda pages: f"{pages:.0f} pages")
+    bar = Bar("writing anew", lambda _: "")
     try:
         done = thin_out(chain, keep=keep, every=every or 0, progress=bar.update)
     finally:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,11 +15,9 @@ from crtrace.image.epoch import Epoch
 from crtrace.image.header import FULL, NO_EPOCH, NO_ID
 from crtrace.image.reader import Chain
 from crtrace.image.store import ChainWriter
-from crtrace.rewrite.check import check_copy
+from crtrace.rewrite.check import check_copy, pages_of
 from crtrace.rewrite.copy import copy_pages, copy_records
-
-Progress = Callable[[int, int], None]
-"""Called with the pages done and the pages there are."""
+from crtrace.rewrite.progress import Meter, Progress
 
 
 def merge(
@@ -34,12 +31,14 @@ def merge(
     where = Path(into)
     if where.exists() or where.is_symlink():
         raise UsageError(f"{where} is there already", hint="name a directory that is not")
+    pages = pages_of(epoch.lineage)
+    meter = Meter(3 * pages, progress)
     made = part = where.with_name(f".{where.name}.{secrets.token_hex(4)}.part")
     try:
         with ChainWriter.open(part, create=True) as chain:
-            entry = _write(epoch, chain, progress or (lambda done, total: None))
+            entry = _write(epoch, chain, pages, meter)
         with Chain.open(part) as copy:
-            check_copy(copy.epoch(), epoch)
+            check_copy(copy.epoch(), epoch, pages, meter)
         with explained("making", where):
             os.rename(part, where)
             made = where
@@ -50,20 +49,12 @@ def merge(
     return entry
 
 
-def _write(epoch: Epoch, chain: ChainWriter, progress: Progress) -> IndexEntry:
-    total = sum(entry.pages_written for entry in epoch.lineage.entries)
-    done = 0
-
-    def advance(pages: int) -> None:
-        nonlocal done
-        done += pages
-        progress(min(done, total), total)
-
+def _write(epoch: Epoch, chain: ChainWriter, pages: int, meter: Meter) -> IndexEntry:
     header = replace(
         epoch.header, chain_id=chain.chain_id, image_id=os.urandom(16), parent_id=NO_ID,
         parent_hash=NO_ID, replaced_hash=NO_ID, parent_epoch=NO_EPOCH, kind=FULL,
     )  # fmt: skip
-    with chain.begin_as(header) as image:
+    with chain.begin_as(header) as image, meter.step(pages) as step:
         copy_records(epoch, image)
-        copy_pages(epoch, image, len(epoch.lineage), advance)
+        copy_pages(epoch, image, len(epoch.lineage), step.add)
         return image.commit(dict(epoch.stats))

@@ -9,7 +9,7 @@ are old files removed. Whatever happens, the chain is the old one or the new one
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -30,12 +30,10 @@ from crtrace.image.pending import Entries
 from crtrace.image.reader import Chain
 from crtrace.image.store import ready_for_writing
 from crtrace.image.summary import OwnRows, summaries
-from crtrace.rewrite.check import check_copy
+from crtrace.rewrite.check import check_copy, pages_of
 from crtrace.rewrite.copy import copy_pages, copy_records
+from crtrace.rewrite.progress import Meter, Progress
 from crtrace.units import U64, Bools
-
-Progress = Callable[[int, int], None]
-"""Called with the pages done and the pages there are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,25 +67,24 @@ def prune(
             entries = chain.entries
             old = entries[: max(len(entries) - keep, 0)]
             dropped = [entry for entry in old if not every or entry.epoch % every]
-            work = _Pruning(directory, chain, dropped, progress or (lambda done, total: None))
-            return work.run()
+            work = _Pruning(directory, chain, dropped)
+            return work.run(progress)
 
 
 class _Step(NamedTuple):
     """An epoch to be written again: on top of ``parent`` (its old entry), which is
-    ``lineage[above]``; None: full."""
+    ``lineage[above]``; None: full. ``pages``: about how many are written, at most."""
 
     entry: IndexEntry
     parent: IndexEntry | None
     above: int
+    pages: int
 
 
 class _Pruning:
     """Stands in for the chain for the images that are written again."""
 
-    def __init__(
-        self, directory: ChainDir, chain: Chain, dropped: Sequence[IndexEntry], progress: Progress
-    ) -> None:
+    def __init__(self, directory: ChainDir, chain: Chain, dropped: Sequence[IndexEntry]) -> None:
         self._directory, self._chain = directory, chain
         self._dropped = {entry.epoch for entry in dropped}
         self._new = {
@@ -96,18 +93,17 @@ class _Pruning:
         self._generation = chain.index.generation + 1
         self._files = FilePool(directory)
         self._written: list[str] = []
-        self._progress = progress
-        self._done = self._total = 0
 
-    def run(self) -> Pruned:
+    def run(self, progress: Progress | None) -> Pruned:
         before = self._chain.entries
         steps = [step for entry in before if (step := self._step(entry))]
-        self._total = sum(self._rows(step) for step in steps)
+        compared = (pages_of(self._chain.lineage(step.entry)) for step in steps)
+        meter = Meter(sum(2 * step.pages for step in steps) + sum(compared), progress)
         try:
             for step in steps:
-                self._write(step)
+                self._write(step, meter)
             for step in steps:
-                self._compare(step.entry)
+                self._compare(step, meter)
             after = list(self._new.values())
             if self._dropped:
                 index = self._chain.index
@@ -132,17 +128,14 @@ class _Pruning:
         parent = self._chain.parent(entry)
         if entry.epoch in self._dropped or parent is None or parent.epoch not in self._dropped:
             return None
-        above = 1
+        above, pages = 1, entry.pages_written + entry.pages_hole
         while parent and parent.epoch in self._dropped:
+            pages += parent.pages_written + parent.pages_hole
             parent = self._chain.parent(parent)
             above += 1
-        return _Step(entry, parent, above)
+        return _Step(entry, parent, above, pages)
 
-    def _rows(self, step: _Step) -> int:
-        lineage = self._chain.lineage(step.entry).entries[: step.above]
-        return sum(entry.pages_written + entry.pages_hole for entry in lineage)
-
-    def _write(self, step: _Step) -> None:
+    def _write(self, step: _Step, meter: Meter) -> None:
         epoch = self._chain.epoch(step.entry.epoch)
         parent = self._new[step.parent.epoch] if step.parent else None
         header = replace(
@@ -154,9 +147,12 @@ class _Pruning:
             replaced_hash=self._hash_asked_for(step.entry),
         )
         known = {space: _Anything() for space in epoch.spaces} if parent else {}
-        with ImageWriter(self._directory, header, known, self, self._generation) as image:
+        with (
+            meter.step(step.pages) as done,
+            ImageWriter(self._directory, header, known, self, self._generation) as image,
+        ):
             copy_records(epoch, image)
-            copy_pages(epoch, image, step.above, self._advance)
+            copy_pages(epoch, image, step.above, done.add)
             image.commit(dict(epoch.stats))
 
     def _hash_asked_for(self, entry: IndexEntry) -> bytes:
@@ -166,13 +162,11 @@ class _Pruning:
                 return self._chain.image(other).header.parent_hash
         return entry.image_hash
 
-    def _advance(self, pages: int) -> None:
-        self._done += pages
-        self._progress(min(self._done, self._total), self._total)
-
-    def _compare(self, entry: IndexEntry) -> None:
+    def _compare(self, step: _Step, meter: Meter) -> None:
         """Read back what was written, and see that it says the same as before."""
-        check_copy(Epoch(self._lineage(self._new[entry.epoch])), self._chain.epoch(entry.epoch))
+        entry = step.entry
+        copy = Epoch(self._lineage(self._new[entry.epoch]))
+        check_copy(copy, self._chain.epoch(entry.epoch), step.pages, meter)
         for other in self._new.values():
             if other.parent_id == entry.image_id and not other.full:
                 self._read(other).check_parent(self._read(self._new[entry.epoch]))

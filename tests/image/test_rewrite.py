@@ -21,13 +21,16 @@ from crtrace import faults
 from crtrace.analyze.verify import verify
 from crtrace.errors import CrtraceError, ImageDamaged, UsageError
 from crtrace.image import summary
+from crtrace.image.losses import UnreadableReason
 from crtrace.image.reader import Chain
-from crtrace.image.records import Mm, Task
-from crtrace.image.store import ChainWriter
+from crtrace.image.records import Arch, Mm, Task
+from crtrace.image.store import ChainWriter, ImageWriter
+from crtrace.rewrite import check as check_module
+from crtrace.rewrite import copy as copy_module
 from crtrace.rewrite import prune as prune_module
 from crtrace.rewrite.merge import merge
 from crtrace.rewrite.prune import prune
-from crtrace.units import PAGE_SIZE
+from crtrace.units import PAGE_SIZE, U64
 from tests.image.second_opinion import assert_same
 from tests.image.support import (
     SPACE,
@@ -416,6 +419,67 @@ def test_a_copy_that_went_wrong_is_not_taken(
     with pytest.raises(ImageDamaged, match="are not the same"):
         prune(path, keep=2, every=4)
     assert files(path) == before
+
+
+@pytest.mark.parametrize("every", [None, 0, 4])
+def test_progress_goes_on_while_copies_are_read_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None
+) -> None:
+    path = ten(tmp_path / "chain")
+    told: list[tuple[int, int]] = []
+    begun: dict[str, int] = {}
+
+    def note(name: str) -> None:
+        real = getattr(check_module, name)
+
+        def call(*args: Any) -> Any:
+            begun.setdefault(name, len(told))
+            return real(*args)
+
+        monkeypatch.setattr(check_module, name, call)
+
+    note("check_image")
+    note("_check_space")
+    tell = lambda done, total: told.append((done, total))  # noqa: E731
+    if every is None:
+        with Chain.open(path) as chain:
+            merge(chain.epoch(), tmp_path / "out", tell)
+    else:
+        prune(path, keep=2, every=every, progress=tell)
+    assert len({total for _, total in told}) == 1
+    done = [done / total for done, total in told]
+    assert done == sorted(done)
+    assert done[-1] == 1
+    # To read back and to compare is each about as much as to write, or more.
+    assert 0 < done[begun["check_image"] - 1] < 0.4
+    assert len({*done[begun["check_image"] : begun["_check_space"]]}) > 3
+    assert done[begun["_check_space"]] < 1
+
+
+def test_a_copy_that_lacks_what_is_no_page_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "chain"
+    with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+        image.add(Arch(machine="x86_64"))
+        add_task(image)
+        image.mark_unreadable(SPACE, numbers([3, 4]), 14, reason=UnreadableReason.GUARD)
+        image.mark_unreadable(SPACE, numbers([5]), 14, reason=UnreadableReason.SECRET)
+        image.commit({})
+    merge_newest(path, tmp_path / "right")
+    with monkeypatch.context() as patch:
+        patch.setattr(copy_module, "COPIED", copy_module.COPIED - {Arch.TYPE})
+        with pytest.raises(ImageDamaged, match="of another machine"):
+            merge_newest(path, tmp_path / "out")
+    real = ImageWriter.mark_unreadable
+
+    def otherwise(self: ImageWriter, space: int, pages: U64, errno: int, *, reason: int) -> None:
+        real(self, space, pages, errno, reason=min(reason, UnreadableReason.GUARD))
+
+    monkeypatch.setattr(ImageWriter, "mark_unreadable", otherwise)
+    with pytest.raises(ImageDamaged, match="pages of space 1 are lost for other reasons"):
+        merge_newest(path, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["chain", "right"]
 
 
 def test_a_damaged_chain_is_left_alone(tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ import numpy as np
 from crtrace.image.places import place
 from crtrace.units import CHUNK_PAGES, U64, Bools
 
-FIRST_SLOTS = 1 << 15
+FIRST_SLOTS = 1 << 14
+"""By steps of 4 this leads to 4 times ``MOST``, and no further."""
 MOST = 1 << 20
 """Different contents remembered in one epoch: 4 GiB of them, in 40 MiB."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -61,6 +62,18 @@ def test_a_full_table_learns_no_more_and_forgets_nothing(monkeypatch: pytest.Mon
     for chunk in range(8):
         new = table.claim(pool[512 * chunk : 512 * (chunk + 1)], 9)[1]
         assert new.all() if chunk >= 3000 // 512 else not new.any()
+
+
+def test_a_full_table_takes_40_mib() -> None:
+    pool = some_hashes(contents_module.MOST).reshape(-1, 512, 2)
+    tracemalloc.start()
+    table = StoredContents()
+    for chunk, hashes in enumerate(pool):
+        assert table.claim(hashes, chunk)[1].all()
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert 39 << 20 < taken < 41 << 20
+    assert not table.claim(pool[7], 9999)[1].any()
 
 
 def test_equal_pages_of_all_spaces_and_calls_are_stored_once(tmp_path: Path) -> None:

@@ -40,7 +40,8 @@ DIRECTORY_ROW = np.dtype(
         ("checksum", "<u8"),
     ]
 )
-
+ROW = struct.Struct("<IIIIQQQ")
+"""The same, for one row."""
 
 MAX_RECORDS = MAX_PAYLOAD // DIRECTORY_ROW.itemsize - 2
 """Most records before the directory, which is read as a whole, too."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -76,7 +77,7 @@ class ImageWriter:
         self._origins: dict[int, int] = {}
         self._lock = threading.Lock()
         self._contents = StoredContents()
-        self._chunks: list[int] = []
+        self._chunks = array("I")
         """The record of each chunk. Until all are written, places name chunks by their turn."""
         self._skipped = self._inherited = self._equal = self._raw = self._stored = 0
         self._open = True

@@ -7,16 +7,15 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 
-import numpy as np
 from xxhash import xxh3_128_digest
 
 from crtrace.errors import CrtraceError
 from crtrace.faults import point
 from crtrace.image.chaindir import PART, ChainDir, explained
 from crtrace.image.framing import (
-    DIRECTORY_ROW,
     HEADER,
     MAX_RECORDS,
+    ROW,
     TAIL_SIZE,
     Part,
     RecordHeader,
@@ -45,8 +44,14 @@ class RecordFile:
         self._lock = threading.Condition()
         self._active = 0
         self._end = 0
-        self._rows: list[tuple[int, ...]] = []
+        self._rows = bytearray()
+        """Those of the directory: as Python objects they would take six times as much."""
         self._failure: CrtraceError | None = None
+
+    @property
+    def _count(self) -> int:
+        """Records."""
+        return len(self._rows) // ROW.size
 
     def append(
         self, kind: int, parts: Sequence[Part] | Spool, *, parent: int = 0, flags: int = 0
@@ -55,15 +60,15 @@ class RecordFile:
         length = parts.nbytes if isinstance(parts, Spool) else sum(map(_size, parts))
         size = HEADER.size + length + padding(length)
         with self._lock:
-            if length > max_payload(kind) or len(self._rows) >= MAX_RECORDS:
+            if length > max_payload(kind) or self._count >= MAX_RECORDS:
                 self._failure = self._failure or CrtraceError(
                     f"{self._name} would have more records, or longer ones, than may be read"
                 )
             if self._failure:
                 raise self._failure
-            offset, number = self._end, len(self._rows) + 1
+            offset, number = self._end, self._count + 1
+            self._rows += bytes(ROW.size)
             self._end += size
-            self._rows.append(())
             self._active += 1
         try:
             self._place(RecordHeader(kind, flags, length, number, parent), parts, offset)
@@ -83,9 +88,9 @@ class RecordFile:
 
     def _place(self, header: RecordHeader, parts: Sequence[Part] | Spool, offset: int) -> None:
         header = header.sealed(parts)
-        self._rows[header.id - 1] = (
-            header.type, header.id, header.parent, header.flags, offset, header.length,
-            header.checksum,
+        ROW.pack_into(
+            self._rows, ROW.size * (header.id - 1), header.type, header.id, header.parent,
+            header.flags, offset, header.length, header.checksum,
         )  # fmt: skip
         if isinstance(parts, Spool):
             self._write([header.pack()], offset)
@@ -111,19 +116,20 @@ class RecordFile:
 
     def where(self, number: int) -> str:
         """A record that was written, for messages."""
-        kind = type_name(self._rows[number - 1][0])
-        return f"{self._directory.path / self._name}: {kind} {number}"
+        kind, *_ = self._row(number)
+        return f"{self._directory.path / self._name}: {type_name(kind)} {number}"
 
     def length(self, number: int) -> int:
         """The length of the payload of a record that was written."""
-        return self._rows[number - 1][5]
+        *_, length, _ = self._row(number)
+        return length
 
     def span(self, number: int, at: int, length: int) -> bytes:
         """Part of the payload of a record that was written."""
-        offset = self._rows[number - 1][4] + HEADER.size + at
+        *_, start, _, _ = self._row(number)
         with explained("reading", self._directory.path / self._name):
             point("pread of the image")
-            data = os.pread(self._fd, length, offset)
+            data = os.pread(self._fd, length, start + HEADER.size + at)
             if len(data) != length:
                 raise OSError(errno.EIO, os.strerror(errno.EIO))
         return data
@@ -134,9 +140,12 @@ class RecordFile:
         for at in range(0, length, SLICE):
             yield self.span(number, at, min(SLICE, length - at))
 
+    def _row(self, number: int) -> tuple[int, ...]:
+        return ROW.unpack_from(self._rows, ROW.size * (number - 1))
+
     def finish(self) -> tuple[bytes, int]:
         """Write directory and tail; no thread may still append. Image hash and file length."""
-        rows = np.array(self._rows, dtype=DIRECTORY_ROW).tobytes()
+        rows = bytes(self._rows)
         image_hash = xxh3_128_digest(rows)
         offset = self._end
         self.append(RecordType.DIRECTORY, [rows])

@@ -23,6 +23,7 @@ from crtrace.image.pageindex import PageIndex
 from crtrace.image.pagetable import KnownPages
 from crtrace.image.pending import (
     LAST_ROUND,
+    STEP,
     Entries,
     PendingSpace,
     take_unreadable,
@@ -31,7 +32,7 @@ from crtrace.image.pending import (
 from crtrace.image.places import SAME, PageKind, place
 from crtrace.image.recordfile import RecordFile
 from crtrace.image.records import Mm
-from crtrace.image.spool import Spool
+from crtrace.image.spool import PiecesFile, Spool
 from crtrace.image.summary import PENDING, OwnRows, PendingLayer
 from crtrace.image.tables import Files, Vmas
 from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bools, Bytes
@@ -43,8 +44,8 @@ class Owner(Protocol):
     def enter(self, entry: IndexEntry) -> None:
         """Make the epoch exist; the image is on disk."""
 
-    def learn(self, entry: IndexEntry, settled: dict[int, Entries] | None) -> None:
-        """Take over what the epoch, which now exists, says of the pages; None: too much to say."""
+    def learn(self, entry: IndexEntry, settled: Iterable[tuple[int, Iterable[Entries]]]) -> None:
+        """Take over what the epoch, which now exists, says of the pages of each space."""
 
     def abandoned(self) -> None:
         """The epoch will not be."""
@@ -83,6 +84,7 @@ class ImageWriter:
         self._open = True
         self._directory = directory
         self._spools: dict[int, Spool] = {}
+        self._pieces: PiecesFile | None = None
         self._finished: dict[int, int] = {}
         """Space -> the record that is its page index."""
         self._totals = dict.fromkeys(PageKind, 0)
@@ -237,7 +239,13 @@ class ImageWriter:
         if space in self._finished:
             raise CrtraceError(f"{self._file.where(self._finished[space])} is written already")
         with self._lock:
-            return self._spaces.setdefault(space, PendingSpace())
+            return self._spaces.setdefault(space, PendingSpace(self._overflow))
+
+    def _overflow(self) -> PiecesFile:
+        """Where pieces of large spaces go."""
+        with self._lock:
+            self._pieces = self._pieces or PiecesFile(self._directory)
+            return self._pieces
 
     def settle(self, space: int) -> None:
         """What was said of ``space`` until now holds, and what follows is about later pages.
@@ -246,9 +254,10 @@ class ImageWriter:
         """
         if space not in self._spools:
             self._spools[space] = Spool(self._directory, space)
-        entries = self._settled(space)
-        self._losses += take_unreadable(space, entries)
-        self._spools[space].append(entries)
+        for entries in self._space(space).windows(self._parents.get(space)):
+            self._number(entries)
+            self._losses += take_unreadable(space, entries)
+            self._spools[space].append(entries)
 
     def finish(self, space: int) -> None:
         """Nothing follows about ``space``: write its page index. No thread may be writing.
@@ -267,8 +276,11 @@ class ImageWriter:
 
     def _settled(self, space: int) -> Entries:
         entries = self._space(space).settle(self._parents.get(space))
-        entries.number_chunks(np.array(self._chunks, dtype=np.uint64))
+        self._number(entries)
         return entries
+
+    def _number(self, entries: Entries) -> None:
+        entries.number_chunks(np.array(self._chunks, dtype=np.uint64))
 
     def commit(self, stats: dict[str, Any]) -> IndexEntry:
         """Finish the image; when this returns, the epoch exists and survives a power failure.
@@ -279,8 +291,9 @@ class ImageWriter:
         self._must_be_open()
         self._contents = StoredContents()  # it takes as much memory as what comes now
         try:
-            for space in sorted(self._spools):
-                self.finish(space)
+            for space, pending in sorted(self._spaces.items()):
+                if space in self._spools or pending.large:
+                    self.finish(space)
             settled = {space: self._settled(space) for space in sorted(self._spaces)}
             entry = self._publish(settled, stats)
             self._owner.enter(entry)
@@ -290,14 +303,25 @@ class ImageWriter:
         except BaseException:
             self.abort()
             raise
-        self._close()
-        self._owner.learn(entry, None if self._finished else settled)
+        try:
+            self._owner.learn(entry, self._said(settled))
+        finally:
+            self._close()
         return entry
+
+    def _said(self, settled: dict[int, Entries]) -> Iterator[tuple[int, Iterable[Entries]]]:
+        """What the image says of each space, in parts."""
+        for space, entries in settled.items():
+            yield space, (entries.part(at, at + STEP) for at in range(0, len(entries.pages), STEP))
+        for space, number in self._finished.items():
+            yield space, _parts_of(PageIndex(self._file, number))
 
     def _close(self) -> None:
         self._open = False
         for spool in self._spools.values():
             spool.close()
+        if self._pieces:
+            self._pieces.close()
         self._file.close()
 
     def _must_be_open(self) -> None:
@@ -367,6 +391,12 @@ class ImageWriter:
                 self._file.discard()
             finally:
                 self._owner.abandoned()
+
+
+def _parts_of(index: PageIndex) -> Iterator[Entries]:
+    for at in range(0, len(index), STEP):
+        rows = index.rows(at, min(at + STEP, len(index)))
+        yield Entries(rows.pages, rows.places, rows.hashes)
 
 
 def _same(known: KnownPages | None, pages: U64, hashes: U64) -> Bools:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 
@@ -18,6 +19,9 @@ LAST_ROUND = 1 << 30
 
 STEP, SAMPLE = 1 << 16, 1 << 6
 """Rows looked at together; one in so many is looked at to find out where to cut."""
+
+KEPT = 1 << 18
+"""Rows of one space that are kept in memory: 8 MiB."""
 
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
 
@@ -42,11 +46,9 @@ class Entries:
 
     def number_chunks(self, numbers: U64) -> None:
         """Put ``numbers[n]`` in place of each chunk *n* of the stored pages."""
-        for start in range(0, len(self.places), STEP):
-            places = self.places[start : start + STEP]
-            stored = kinds(places) == PageKind.STORED
-            found = places[stored]
-            places[stored] = found - chunks(found) + numbers[chunks(found).astype(np.intp)]
+        stored = kinds(self.places) == PageKind.STORED
+        found = self.places[stored]
+        self.places[stored] = found - chunks(found) + numbers[chunks(found).astype(np.intp)]
 
     def count(self, kind: PageKind) -> int:
         """How many entries are of that kind."""
@@ -63,6 +65,20 @@ class Piece:
     places: U64
     hashes: U64 | None
 
+    @property
+    def first(self) -> int:
+        """The first page."""
+        return int(self.pages[0])
+
+    @property
+    def sample(self) -> U64:
+        """One in so many pages."""
+        return self.pages[::SAMPLE]
+
+    def load(self) -> Piece:
+        """Itself, as it is."""
+        return self
+
     def cut(self, bound: int) -> tuple[Piece, Piece]:
         """What lies before the page ``bound``, and the rest, as views."""
         at = int(np.searchsorted(self.pages, np.uint64(bound)))
@@ -73,63 +89,111 @@ class Piece:
         return Piece(self.order, self.pages[rows], self.places[rows], hashes)
 
 
-class PendingSpace:
-    """What was said of the pages of one space, piece by piece, in rounds; the last round wins."""
+class Overflow(Protocol):
+    """Where pieces go for which there is no room in memory."""
 
-    def __init__(self) -> None:
+    def write(self, columns: Sequence[U64]) -> int:
+        """Keep the columns; where they are."""
+
+    def read(self, at: int, length: int) -> bytes:
+        """So many bytes from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class PieceElsewhere:
+    """A piece of which only what is needed to find it is in memory."""
+
+    order: tuple[int, int]
+    first: int
+    sample: U64
+    rows: int
+    overflow: Overflow
+    at: int
+
+    def load(self) -> Piece:
+        """The piece itself."""
+        data = np.frombuffer(self.overflow.read(self.at, 32 * self.rows), dtype=np.uint64)
+        pages, places, hashes = np.split(data, [self.rows, 2 * self.rows])
+        return Piece(self.order, pages, places, hashes.reshape(-1, 2))
+
+
+class PendingSpace:
+    """What was said of the pages of one space, piece by piece, in rounds; the last round wins.
+
+    Beyond ``KEPT`` rows pieces go to the ``overflow``, if there is one.
+    """
+
+    def __init__(self, overflow: Callable[[], Overflow] | None = None) -> None:
         self._lock = threading.Lock()
-        self._pieces: list[Piece] = []
+        self._overflow = overflow
+        self._pieces: list[Piece | PieceElsewhere] = []
+        self.rows = 0
+
+    @property
+    def large(self) -> bool:
+        """Whether it should never be in memory as a whole."""
+        return self.rows > KEPT
 
     def add(self, round: int, pages: U64, places: U64, hashes: U64 | None = None) -> None:
         """Enter pages (ascending, kept without a copy); no hashes: zeros."""
-        if len(pages):
-            with self._lock:
-                order = round, len(self._pieces)
-                self._pieces.append(Piece(order, pages, places, hashes))
+        if not len(pages):
+            return
+        with self._lock:
+            order = round, len(self._pieces)
+            piece = Piece(order, pages, places, hashes)
+            self._pieces.append(piece)
+            self.rows += len(pages)
+            large = self.large
+        if self._overflow and large:
+            self._pieces[order[1]] = _put(piece, self._overflow())
 
     def settle(self, parent: KnownPages | None) -> Entries:
         """The entries that go into the image; this object is empty afterwards.
 
         ``parent`` is what the chain holds already: without a page there, a hole is nothing to
-        tell. For a large target pieces and entries are the largest things in memory, so pieces are
-        freed as they are used up.
+        tell.
         """
-        pieces, self._pieces = self._pieces, []
-        if not pieces:
-            return _no_entries()
-        most = sum(len(piece.pages) for piece in pieces)
-        # Rows that are not used are not touched, and so take no memory.
-        pages, places = np.empty((2, most), dtype=np.uint64)
-        settled = Entries(pages, places, np.empty((most, 2), dtype=np.uint64))
-        end = 0
+        parts = [_no_entries(), *self.windows(parent)]
+        columns = [(part.pages, part.places, part.hashes) for part in parts]
+        return Entries(*map(np.concatenate, zip(*columns, strict=True)))
+
+    def windows(self, parent: KnownPages | None) -> Iterator[Entries]:
+        """``settle`` in parts of about ``STEP`` rows."""
+        pieces, self._pieces, self.rows = self._pieces, [], 0
         for window in _windows(pieces):
             part = _meaningful(_joined(window), parent)
-            start, end = end, end + len(part.pages)
-            settled.pages[start:end] = part.pages
-            settled.places[start:end] = part.places
-            settled.hashes[start:end] = part.hashes
-        return settled.part(0, end)
+            if len(part.pages):
+                yield part
 
 
-def _windows(pieces: list[Piece]) -> Iterator[list[Piece]]:
+def _put(piece: Piece, overflow: Overflow) -> PieceElsewhere:
+    rows = len(piece.pages)
+    hashes = np.zeros((rows, 2), np.uint64) if piece.hashes is None else piece.hashes
+    at = overflow.write([piece.pages, piece.places, hashes])
+    return PieceElsewhere(piece.order, piece.first, piece.sample.copy(), rows, overflow, at)
+
+
+def _windows(pieces: list[Piece | PieceElsewhere]) -> Iterator[list[Piece]]:
     """The pieces, cut at the same pages, so that about ``STEP`` rows come together, by page.
 
     The list is emptied meanwhile.
     """
-    pieces.sort(key=lambda piece: piece.pages[0], reverse=True)
+    pieces.sort(key=lambda piece: piece.first, reverse=True)
     begun: list[Piece] = []
     for bound in _bounds(pieces):
-        while pieces and pieces[-1].pages[0] < bound:
-            begun.append(pieces.pop())
+        while pieces and pieces[-1].first < bound:
+            begun.append(pieces.pop().load())
         cuts = [piece.cut(bound) for piece in begun]
         begun = [after for _, after in cuts if len(after.pages)]
         if window := [before for before, _ in cuts if len(before.pages)]:
             yield window
 
 
-def _bounds(pieces: list[Piece]) -> list[int]:
+def _bounds(pieces: list[Piece | PieceElsewhere]) -> list[int]:
     """Pages at which to cut, ascending; the last one is above all pages."""
-    sampled = np.sort(np.concatenate([piece.pages[::SAMPLE] for piece in pieces]))
+    if not pieces:
+        return []
+    sampled = np.sort(np.concatenate([piece.sample for piece in pieces]))
     return [*np.unique(sampled[STEP // SAMPLE :: STEP // SAMPLE]).tolist(), PAGE_LIMIT]
 
 

@@ -1,10 +1,11 @@
-"""The page index of a space while it is too long for memory: columns in files without a name."""
+"""What is known of pages while it is too long for memory: columns in files without a name."""
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from crtrace.image.codec import as_bytes
 from crtrace.image.framing import INDEX_HEAD
 from crtrace.image.pending import Entries
 from crtrace.image.places import PageKind, kinds
+from crtrace.units import U64
 
 PIECE = 1 << 20
 """Bytes read back at a time."""
@@ -69,6 +71,37 @@ class Spool:
         """Forget everything."""
         while self._files:
             os.close(self._files.pop())
+
+
+class PiecesFile:
+    """Columns of many pieces, in the order in which threads come with them."""
+
+    def __init__(self, directory: ChainDir) -> None:
+        self._path = directory.path
+        self._lock = threading.Lock()
+        self._end = 0
+        self._file = _nameless(directory, f"spool-3{PART}")
+
+    def write(self, columns: Sequence[U64]) -> int:
+        """Keep the columns, one after the other; where they are. For several threads."""
+        data = np.concatenate([column.reshape(-1) for column in columns])
+        with self._lock:
+            at = self._end
+            self._end += data.nbytes
+        with explained("writing", self._path):
+            _write(self._file, as_bytes(data), at)
+        return at
+
+    def read(self, at: int, length: int) -> bytes:
+        """So many bytes from there."""
+        with explained("reading", self._path):
+            return _read(self._file, length, at)
+
+    def close(self) -> None:
+        """Forget everything."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
 
 
 def _nameless(directory: ChainDir, name: str) -> int:

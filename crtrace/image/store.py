@@ -22,8 +22,6 @@ from crtrace.image.summary import OwnRows, images_summed_up, summaries
 
 __all__ = ["ChainWriter", "ImageWriter"]
 
-LEARN_PAGES = 1 << 16
-
 
 class ChainWriter:
     """A chain open for writing, and locked against other writers until it is closed.
@@ -35,6 +33,8 @@ class ChainWriter:
     def __init__(self, directory: ChainDir) -> None:
         self._directory = directory
         self._writing: ImageWriter | None = None
+        self._complete = False
+        """After the epoch under way there are no more."""
         self._index: IndexFile | None = None
         self.known: dict[int, PageTable] = {}
         self._lock = directory.lock()
@@ -125,9 +125,10 @@ class ChainWriter:
         return self._begin(header, self.known if parent else {})
 
     def begin_as(self, header: ImageHeader) -> ImageWriter:
-        """Begin the first epoch of a chain with that header, of a full image."""
+        """Begin the first and last epoch of a chain, with that header, of a full image."""
         if self.entries or not header.full:
             raise CrtraceError(f"chain {self._directory.path} has its first epoch already")
+        self._complete = True
         return self._begin(header, {})
 
     def _begin(self, header: ImageHeader, parents: dict[int, PageTable]) -> ImageWriter:
@@ -147,19 +148,18 @@ class ChainWriter:
         self.entries.append(entry)
         self._writing = None
 
-    def learn(self, entry: IndexEntry, settled: dict[int, Entries] | None) -> None:
-        """For ``ImageWriter``: bring ``known`` up to the epoch; other spaces are gone.
-
-        With None the chain must be opened again for the next epoch.
-        """
-        if settled is None:
+    def learn(self, entry: IndexEntry, settled: Iterable[tuple[int, Iterable[Entries]]]) -> None:
+        """For ``ImageWriter``: bring ``known`` up to the epoch; other spaces are gone."""
+        if self._complete:
             self.close()
             return
         before = {} if entry.full else self.known
-        self.known = {space: before[space] for space in settled if space in before}
+        self.known = {}
         try:
-            for space, entries in settled.items():
-                _learn(self.known.setdefault(space, PageTable()), entries)
+            for space, parts in settled:
+                self.known[space] = table = before.get(space, PageTable())
+                for part in parts:
+                    _learn(table, part)
         except BaseException:
             # With half of it learnt, the next epoch would miss holes. Opening again reads it all.
             self.close()
@@ -186,13 +186,11 @@ class ChainWriter:
 
 
 def _learn(table: PageTable, entries: Entries) -> None:
-    """Bring a table up to a committed epoch, in steps that take little memory."""
-    for start in range(0, len(entries.pages), LEARN_PAGES):
-        part = entries.part(start, start + LEARN_PAGES)
-        holes = kinds(part.places) == PageKind.HOLE
-        table.drop(part.pages[holes])
-        part = part.select(~holes)
-        table.store(part.pages, part.hashes)
+    """Bring a table up to some entries of a committed epoch."""
+    holes = kinds(entries.places) == PageKind.HOLE
+    table.drop(entries.pages[holes])
+    stored = entries.select(~holes)
+    table.store(stored.pages, stored.hashes)
 
 
 def _known(directory: ChainDir) -> dict[int, PageTable]:

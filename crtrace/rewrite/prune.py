@@ -196,7 +196,7 @@ class _Pruning:
         self._new[entry.epoch] = entry
         self._written.append(entry.name)
 
-    def learn(self, entry: IndexEntry, settled: dict[int, Entries] | None) -> None:
+    def learn(self, entry: IndexEntry, settled: Iterable[tuple[int, Iterable[Entries]]]) -> None:
         """For ``ImageWriter``."""
 
     def abandoned(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from hypothesis import given, settings
@@ -89,9 +90,12 @@ class Play:
 
 
 @settings(max_examples=150, deadline=None)
-@given(steps=STEPS, order=st.permutations(range(4)))
-def test_every_epoch_reads_as_the_memory_was(steps: list[Step], order: list[int]) -> None:
-    with tempfile.TemporaryDirectory() as name:
+@given(steps=STEPS, order=st.permutations(range(4)), kept=st.sampled_from([3, 1 << 18]))
+def test_every_epoch_reads_as_the_memory_was(
+    steps: list[Step], order: list[int], kept: int
+) -> None:
+    """Whether all fits into memory or nearly nothing does."""
+    with tempfile.TemporaryDirectory() as name, mock.patch("crtrace.image.pending.KEPT", kept):
         play = Play(Path(name) / "chain")
         for step in steps:
             play.run(step, order)

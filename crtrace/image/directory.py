@@ -5,30 +5,51 @@ from __future__ import annotations
 import numpy as np
 
 from crtrace.errors import FormatTooNew, ImageDamaged
-from crtrace.image.framing import DIRECTORY_ROW, HEADER, OPTIONAL, RecordType
+from crtrace.image.framing import (
+    DIRECTORY_ROW,
+    HEADER,
+    OPTIONAL,
+    RecordType,
+    max_payload,
+    type_name,
+)
 
 Directory = np.ndarray[tuple[int], np.dtype[np.void]]
 
-PARENTS = {
-    RecordType.MM: RecordType.TASK,
-    RecordType.VMAS: RecordType.MM,
-    RecordType.THREAD: RecordType.TASK,
-    RecordType.CPU: RecordType.THREAD,
+NONE = -1
+PARENTS: dict[int, tuple[int, ...]] = {
+    RecordType.TASK: (NONE, RecordType.TASK),
+    RecordType.MM: (RecordType.TASK,),
+    RecordType.VMAS: (RecordType.MM,),
+    RecordType.THREAD: (RecordType.TASK,),
+    RecordType.CPU: (RecordType.THREAD,),
 }
-"""What a record of a type belongs to."""
+"""What a record of a type belongs to; those of the other types belong to the image."""
 ONE_EACH = (RecordType.MM, RecordType.VMAS, RecordType.CPU)
 """The types of which a parent has one at most."""
+ONE_IN_ALL = (
+    RecordType.IMAGE,
+    RecordType.ARCH,
+    RecordType.FILES,
+    RecordType.UNREADABLE,
+    RecordType.STATS,
+)
+"""The types of which an image has one at most."""
+LIMITS = np.array([max_payload(kind) for kind in range(max(RecordType) + 2)], dtype=np.uint64)
+"""The longest payload by type; the last one is that of all further types."""
 
 
 def unpack_directory(payload: bytes, end: int, where: str) -> Directory:
     """The rows of a directory that describes the records from offset 0 up to ``end``.
 
-    Raises ``ImageDamaged`` unless ids count from 1 and records lie back to back, ``FormatTooNew``
-    for a record that must not be passed over and is not known.
+    Raises ``ImageDamaged`` unless ids count from 1, records lie back to back and payloads are no
+    longer than they may be, ``FormatTooNew`` for a record that must not be passed over and is not
+    known.
     """
     rows = np.frombuffer(payload, dtype=DIRECTORY_ROW)
     _check_places(rows, end, where)
     _check_types(rows, where)
+    _check_lengths(rows, where)
     return rows
 
 
@@ -45,7 +66,22 @@ def _check_places(rows: Directory, end: int, where: str) -> None:
         raise ImageDamaged(f"{where}: records do not lie back to back")
 
 
+def _check_lengths(rows: Directory, where: str) -> None:
+    """Also of records that are passed over: ``verify`` reads them."""
+    limits = LIMITS[np.minimum(rows["type"], len(LIMITS) - 1)]
+    if long := np.flatnonzero(rows["length"] > limits).tolist():
+        row = rows[long[0]]
+        raise ImageDamaged(
+            f"{where}: {_name(row)} has a payload of {row['length']} bytes, expected at most "
+            f"{max_payload(int(row['type']))}"
+        )
+
+
 def _check_types(rows: Directory, where: str) -> None:
+    amid = np.isin(rows["type"], (RecordType.DIRECTORY, RecordType.TAIL))
+    if amid.any():
+        number = int(np.flatnonzero(amid)[0]) + 1
+        raise ImageDamaged(f"{where}: record {number} is a directory or tail amid the others")
     # SUMMARY is not among them: it is optional, and must say so.
     known = (rows["type"] >= RecordType.IMAGE) & (rows["type"] <= RecordType.STATS)
     bad = (rows["flags"] & ~np.uint32(OPTIONAL) != 0) | ~(known | (rows["flags"] == OPTIONAL))
@@ -60,18 +96,28 @@ def _check_types(rows: Directory, where: str) -> None:
 
 def check_parents(rows: Directory, where: str) -> None:
     """Raise ``ImageDamaged`` unless each record comes after the one it belongs to, and that one is
-    of the type it must be: so that following parents ends."""
+    of the type it must be, so that following parents ends; or if there are two of what there may
+    be one of.
+    """
     parents = rows["parent"]
     if late := np.flatnonzero(parents >= rows["id"]).tolist():
-        raise ImageDamaged(f"{where}: record {late[0] + 1} belongs to the later {parents[late[0]]}")
-    for kind in (*PARENTS, RecordType.TASK):
+        row = rows[late[0]]
+        raise ImageDamaged(f"{where}: {_name(row)} belongs to record {row['parent']}, a later one")
+    types = np.where(parents > 0, rows["type"][parents.astype(np.int64) - 1].astype(np.int64), NONE)
+    for kind in (*range(RecordType.IMAGE, RecordType.DIRECTORY), RecordType.SUMMARY):
         own = np.flatnonzero(rows["type"] == kind)
-        # TASK alone may have no parent, which is 0.
-        own = own[parents[own] > 0] if kind == RecordType.TASK else own
-        types = np.where(parents[own] > 0, rows["type"][parents[own].astype(np.int64) - 1], 0)
-        expected = PARENTS.get(kind, RecordType.TASK)
-        if strange := own[types != expected].tolist():
-            number = strange[0] + 1
-            raise ImageDamaged(f"{where}: {kind.name} {number} belongs to no {expected.name}")
+        expected = PARENTS.get(kind, (NONE,))
+        if strange := own[~np.isin(types[own], expected)].tolist():
+            owner = "the image" if expected == (NONE,) else f"a {type_name(expected[-1])}"
+            raise ImageDamaged(
+                f"{where}: {_name(rows[strange[0]])} belongs to record {parents[strange[0]]}, "
+                f"expected {owner}"
+            )
         if kind in ONE_EACH and len(np.unique(parents[own])) < len(own):
-            raise ImageDamaged(f"{where}: a {expected.name} has two {kind.name}")
+            raise ImageDamaged(f"{where}: a {type_name(expected[-1])} has two {type_name(kind)}")
+        if kind in ONE_IN_ALL and len(own) > 1:
+            raise ImageDamaged(f"{where}: {_name(rows[own[1]])} is one too many")
+
+
+def _name(row: np.void) -> str:
+    return f"{type_name(int(row['type']))} {row['id']} at offset {row['offset']:#x}"

@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 import lz4.block
 import pytest
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from crtrace.analyze.summary import show
 from crtrace.analyze.verify import verify
@@ -280,6 +281,64 @@ def test_lengths_of_exabytes_are_refused(path: Path) -> None:
     assert "DIRECTORY" in said.err
 
 
+@pytest.mark.parametrize("command", ["verify", "show", "merge", "prune"])
+def test_a_record_that_should_belong_to_no_other_is_refused(path: Path, command: str) -> None:
+    """A copy is made record by record, each after the one it belongs to."""
+    rewrite(path, 2, lambda image: image.add(FILES, heap.TABLE.pack(0, 64, 0)))
+    rewrite(path, 2, belongs(FILES, 1))
+    more = {"merge": ("--into", path.parent / "out"), "prune": ("--keep", 1)}
+    before = sorted(os.listdir(path))
+    said = crtrace(command, path, *more.get(command, ()))
+    assert said.code == 20, said.err
+    assert "belongs to record 1, expected the image" in said.out + said.err
+    assert sorted(os.listdir(path)) == before
+
+
+def sparse_record(path: Path, kind: int, flags: int, length: int) -> None:
+    """One more record in the first image, of zeros that take no room on the disk."""
+    image = take_apart((path / FIRST).read_bytes())
+    image.add(kind, b"", flags)
+    whole = put_together(image)
+    (at, size) = struct.unpack_from("<QQ", whole, len(whole) - 40)
+    rows = bytearray(whole[at + 32 : at + 32 + size])
+    head = struct.pack("<IIQIIQ", kind, flags, length, len(image.all), 0, 0)
+    rows[-16:] = struct.pack("<QQ", length, 0)
+    end = at + length
+    tail = b"\x89crtend\n" + struct.pack("<QQQ", end, size, end + 32 + size + 80)
+    tail += xxh3_128_digest(bytes(rows))
+    parts = ((13, len(image.all) + 1, bytes(rows)), (14, len(image.all) + 2, tail))
+    with (path / FIRST).open("wb") as file:
+        file.write(whole[: at - 32] + head)
+        file.seek(end)
+        for number, id, payload in parts:
+            start = struct.pack("<IIQII", number, 0, len(payload), id, 0)
+            file.write(start + struct.pack("<Q", xxh3_64_intdigest(start + payload)) + payload)
+        total = file.tell()
+    with_entry(path, 0, length=total, image_hash=tail[-16:])
+
+
+@pytest.mark.parametrize(
+    ("kind", "flags", "limit"),
+    [(999, 1, 256 << 20), (TASK, 0, 16 << 20), (CPU, 1, 1 << 20), (0x80000000, 1, 256 << 20)],
+)
+def test_a_payload_that_is_too_long_is_refused_before_it_is_read(
+    path: Path, kind: int, flags: int, limit: int
+) -> None:
+    sparse_record(path, kind, flags, 16 << 30)
+    began = time.monotonic()
+    said = crtrace("verify", path)
+    assert said.code == 20, said.err
+    assert f"a payload of {16 << 30} bytes, expected at most {limit}" in said.out
+    assert "DIRECTORY at offset" in said.out
+    assert time.monotonic() - began < PATIENCE / 5
+
+
+def test_a_long_record_that_may_be_passed_over_is(path: Path) -> None:
+    rewrite(path, 2, lambda image: image.add(999, bytes(17 << 20), 1))
+    with Chain.open(path) as chain:
+        assert verify(chain).ok
+
+
 # --- maps that are possible, and absurd -------------------------------------------------------
 
 
@@ -421,7 +480,8 @@ def test_names_do_nothing_to_a_terminal(tmp_path: Path) -> None:
 
 def with_entry(path: Path, number: int, **fields: Any) -> None:
     """Change fields of an index entry and seal it again."""
-    names = ["epoch", "image_id", "parent_id", "parent_epoch", "flags", "zero", "length"]
+    names = ["epoch", "image_id", "parent_id", "parent_epoch", "flags", "zero", "length",
+             "image_hash"]  # fmt: skip
     data = bytearray((path / "chain.idx").read_bytes())
     at = 128 * (number + 1)
     values = list(ENTRY.unpack(data[at : at + ENTRY.size]))

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from crtrace.analyze.references import References, wrong_registers
 from crtrace.errors import ImageDamaged
 from crtrace.image.codec import ZERO_PAGE_HASH, hash_pages
 from crtrace.image.framing import RecordType, type_name
 from crtrace.image.imagefile import RECORDS, Image
 from crtrace.image.pageindex import IndexRows, PageIndex
 from crtrace.image.places import PageKind, chunks, kinds, place, slots
-from crtrace.image.records import Mm
-from crtrace.image.tables import Files, Vmas
-from crtrace.units import U64, Bools, to_ranges
+from crtrace.image.records import Cpu
+from crtrace.units import PAGE_SIZE, U64, Bools, to_ranges
 
 ROWS = 1 << 16
 """Rows of a page index looked at together."""
@@ -25,7 +26,11 @@ WINDOW = 4096
 
 @dataclass(slots=True)
 class Finding:
-    """Damage inside an image. ``lost`` are range arrays of page numbers, by their space."""
+    """Damage inside an image. ``lost`` are range arrays of page numbers, by their space.
+
+    ``usable``: what the record holds is as it was, but for those pages. ``anywhere``: pages may be
+    lost that nobody can name.
+    """
 
     number: int
     record: str
@@ -33,6 +38,8 @@ class Finding:
     message: str
     pages: int = 0
     lost: dict[int, list[U64]] = field(default_factory=dict)
+    usable: bool = False
+    anywhere: bool = False
 
     def lose(self, space: int, pages: U64) -> None:
         """Add pages (ascending) to what is lost."""
@@ -40,10 +47,11 @@ class Finding:
         self.lost.setdefault(space, []).append(to_ranges(pages))
 
 
-def finding(image: Image, number: int, message: str) -> Finding:
+def finding(image: Image, number: int, message: str, *, usable: bool = False) -> Finding:
     """Damage of a record."""
     row = image.directory[number - 1]
-    return Finding(number, f"{type_name(int(row['type']))} {number}", int(row["offset"]), message)
+    name = f"{type_name(int(row['type']))} {number}"
+    return Finding(number, name, int(row["offset"]), message, usable=usable)
 
 
 def check_image(image: Image, advance: Callable[[int], None]) -> list[Finding]:
@@ -105,6 +113,9 @@ class _ImageCheck:
         self.indexes: dict[int, PageIndex] = {}
         self.batches: list[_Batch] = []
         self.bad: dict[int, Finding] = {}
+        self.references = References(image)
+        self.counts: Counter[int] = Counter()
+        self.slots = 0
 
     def run(self, advance: Callable[[int], None]) -> list[Finding]:
         self._load_indexes()
@@ -123,74 +134,97 @@ class _ImageCheck:
                 if batch.first < window.end and batch.end > window.first:
                     self._check_places(batch, window)
         self._check_summaries()
+        self._check_whole()
         return [self.bad[number] for number in sorted(self.bad)]
 
-    def _add(self, number: int, message: str) -> Finding:
+    def _add(self, number: int, message: str, *, usable: bool = False) -> Finding:
+        """Damage of a record, of which the first message is told."""
         if number not in self.bad:
-            self.bad[number] = finding(self.image, number, message)
+            self.bad[number] = finding(self.image, number, message, usable=usable)
+        self.bad[number].usable &= usable
         return self.bad[number]
 
+    def _usable(self, number: int) -> bool:
+        return number not in self.bad or self.bad[number].usable
+
+    def _note(self, number: int, message: str) -> Finding:
+        """Something that is wrong with a record, and leaves what it holds as it is."""
+        return self._add(number, f"{self.image.where(number)}: {message}", usable=True)
+
     def _load_indexes(self) -> None:
+        try:
+            self.references.load_table()
+        except ImageDamaged as error:
+            self._add(self.references.table_id, str(error))
         for space in self.image.spaces:
             number = self.image.index_id(space)
             try:
                 index = self.image.page_index(space)
                 if index is None:
                     continue
+                self.indexes[space] = index
                 for start in range(0, len(index), ROWS):
                     stop = min(start + ROWS, len(index))
                     self._check_rows(space, start, stop, index.rows(start, stop))
-                self.indexes[space] = index
             except ImageDamaged as error:
                 self._add(number, str(error))
 
     def _check_record(self, number: int, window: _Window) -> None:
         image, row = self.image, self.image.directory[number - 1]
         if any(image.padding(number)):
-            self._add(number, f"{image.where(number)}: padding is not zero")
+            self._note(number, "padding is not zero")
         if row["type"] == RecordType.CHUNK:
-            window.add(number, hash_pages(image.chunk(number).data))
+            hashes = hash_pages(image.chunk(number).data)
+            window.add(number, hashes)
+            self.slots += len(hashes)
+        elif number == self.references.table_id:
+            pass  # it was read before the page indexes
         elif row["type"] in RECORDS:
             self._check_contents(number)
         else:
             for _ in image.slices(number):
                 pass
 
-    def _check_summaries(self) -> None:
-        for space, numbers in self.image.summary_ids.items():
-            if not self.bad.keys().isdisjoint(numbers):
-                continue
-            try:
-                self.image.summary(space)
-                if space not in self.image.spaces:
-                    self._add(numbers[0], f"{self.image.where(numbers[0])}: there is no such space")
-            except ImageDamaged as error:
-                self._add(numbers[0], str(error))
-
     def _check_contents(self, number: int) -> None:
         record = self.image.record(number)
-        named: set[int] = set()
-        if isinstance(record, Mm):
-            named = {record.space}
-        elif isinstance(record, Vmas | Files):
-            named = {row.object_space for row in record.rows} - {0}
-        for space in sorted(named - set(self.image.spaces)):
-            self._add(number, f"{self.image.where(number)}: space {space} has no page index")
+        if isinstance(record, Cpu) and (wrong := wrong_registers(record)):
+            self._add(number, f"{self.image.where(number)}: {wrong}")
+        missing = self.references.add(number, record)
+        for space in missing:
+            self._note(number, f"space {space} has no page index").anywhere = True
+
+    def _check_summaries(self) -> None:
+        for space, numbers in self.image.summary_ids.items():
+            if not all(map(self._usable, numbers)):
+                continue
+            try:
+                parts = self.image.summary(space)
+                if space not in self.image.spaces:
+                    self._add(numbers[0], f"{self.image.where(numbers[0])}: there is no such space")
+                for number, part in zip(numbers, parts, strict=True):
+                    if odd_entries(part.rows(0, len(part))).any():
+                        text = "entries contradict their kind"
+                        self._add(number, f"{self.image.where(number)}: {text}")
+            except ImageDamaged as error:
+                self._add(numbers[0], str(error))
 
     def _check_rows(self, space: int, start: int, stop: int, rows: IndexRows) -> None:
         """Entries that must say nothing but their kind, and places outside of the image."""
         kind = kinds(rows.places)
+        self.counts.update(dict(enumerate(np.bincount(kind).tolist())))
         stored = kind == PageKind.STORED
         named = chunks(rows.places)
-        plain = rows.places == np.uint64(place(0)) + (kind.astype(np.uint64) << np.uint64(48))
-        expected = np.where((kind == PageKind.ZERO)[:, None], ZERO_PAGE_HASH, np.uint64(0))
-        inherited = kind == PageKind.INHERITED
-        odd = ~stored & ~inherited & ~(plain & (rows.hashes == expected).all(axis=1))
-        # A full image has no parent to inherit from.
-        odd |= inherited & (self.image.header.full | (slots(rows.places) != 0))
+        odd = odd_entries(rows)
+        if self.image.header.full:
+            # There is no parent that could have had a page or has one.
+            odd |= (kind == PageKind.INHERITED) | (kind == PageKind.HOLE)
         self._lose(space, rows.pages[odd], f"{odd.sum()} entries contradict their kind")
         outside = stored & ((named == 0) | (named > len(self.image.directory)))
         self._lose(space, rows.pages[outside], f"{outside.sum()} entries name no record")
+        unread = rows.pages[kind == PageKind.UNREADABLE]
+        if number := self.references.not_named(space, unread):
+            text = f"{number} entries are unreadable, and UNREADABLE does not name their pages"
+            self._note(self.image.index_id(space), text)
         named = named[stored & ~outside]
         if len(named):
             batch = _Batch(space, start, stop, int(named.min()), int(named.max()) + 1)
@@ -209,11 +243,39 @@ class _ImageCheck:
             (~there, "lacks pages that a page index names"),
         ):
             for value in np.unique(named[which]):
-                number = int(value)
-                found = self._add(number, f"{self.image.where(number)}: {text}")
+                found = self._note(int(value), text)
                 found.lose(batch.space, pages[which & (named == value)])
 
     def _lose(self, space: int, pages: U64, text: str) -> None:
         if len(pages):
-            number = self.image.index_id(space)
-            self._add(number, f"{self.image.where(number)}: {text}").lose(space, pages)
+            self._note(self.image.index_id(space), text).lose(space, pages)
+
+    def _check_whole(self) -> None:
+        """What records say of each other, as far as those that were compared are sound."""
+        for number, text in self.references.contradictions(self._usable):
+            self._note(number, text)
+        if self.bad:
+            return
+        entry, counts = self.image.entry, self.counts
+        found = (
+            counts[PageKind.STORED] + counts[PageKind.ZERO], counts[PageKind.HOLE],
+            self.slots * PAGE_SIZE,
+        )  # fmt: skip
+        expected = entry.pages_written, entry.pages_hole, entry.bytes_raw
+        if found != expected:
+            self._note(
+                1, "the image has {} pages, {} holes and {} bytes in chunks, its index entry "
+                "says {}, {} and {}".format(*found, *expected)
+            )  # fmt: skip
+
+
+def odd_entries(rows: IndexRows) -> Bools:
+    """Which entries have anything that their kind has not."""
+    kind = kinds(rows.places)
+    plain = rows.places == np.uint64(place(0)) + (kind.astype(np.uint64) << np.uint64(48))
+    expected = np.where((kind == PageKind.ZERO)[:, None], ZERO_PAGE_HASH, np.uint64(0))
+    odd: Bools = ~(plain & (rows.hashes == expected).all(axis=1))
+    odd &= kind != PageKind.STORED
+    inherited = kind == PageKind.INHERITED
+    odd[inherited] = slots(rows.places[inherited]) != 0
+    return odd

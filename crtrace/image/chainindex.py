@@ -25,7 +25,7 @@ from crtrace.image.framing import MAJOR, MINOR
 from crtrace.image.header import NO_EPOCH, NO_ID
 
 INDEX_MAGIC = b"\x89crtidx\n"
-HEADER = struct.Struct("<8sII16sQ80x")
+HEADER = struct.Struct("<8sII16sQ80s")
 ENTRY = struct.Struct("<Q16s16sQIIQ16sQQQQQ")
 SUM = struct.Struct("<Q")
 ENTRY_SIZE = 128
@@ -169,7 +169,7 @@ def _entries(fd: int) -> Iterator[tuple[int, bytes]]:
 
 def pack_header(chain_id: bytes, created_ns: int) -> bytes:
     """The first 128 bytes of ``chain.idx``."""
-    data = HEADER.pack(INDEX_MAGIC, MAJOR, MINOR, chain_id, created_ns)
+    data = HEADER.pack(INDEX_MAGIC, MAJOR, MINOR, chain_id, created_ns, b"")
     return data + SUM.pack(xxh3_64_intdigest(data))
 
 
@@ -181,7 +181,7 @@ def _read_header(
     path = directory.path / INDEX_NAME
     if len(data) < ENTRY_SIZE:
         raise ImageDamaged(f"{path} has {len(data)} bytes, its header alone takes {ENTRY_SIZE}")
-    magic, major, minor, chain_id, created_ns = HEADER.unpack(data[: HEADER.size])
+    magic, major, minor, chain_id, created_ns, reserved = HEADER.unpack(data[: HEADER.size])
     found, expected = SUM.unpack(data[HEADER.size :])[0], xxh3_64_intdigest(data[: HEADER.size])
     if found != expected:
         message = f"header checksum is {expected:016x}, expected {found:016x}"
@@ -196,6 +196,8 @@ def _read_header(
             f"{path}: format version is {major}.{minor}; this crtrace reads version {MAJOR}",
             hint="use the crtrace that wrote the chain, or a later one",
         )
+    if any(reserved):
+        raise ImageDamaged(f"{path}: reserved bytes of the header are not zero")
     return chain_id, created_ns, ()
 
 

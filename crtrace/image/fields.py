@@ -49,6 +49,12 @@ def whole_name(data: bytes, where: str) -> bytes:
     return data
 
 
+def must_be_zero(reserved: int, where: str) -> None:
+    """Raise ``ImageDamaged`` for a reserved field that is used."""
+    if reserved:
+        raise ImageDamaged(f"{where}: a reserved field is {reserved:#x}, expected 0")
+
+
 class Cursor:
     """Takes one field after another off a payload and checks every length before using it.
 
@@ -99,7 +105,10 @@ class Cursor:
         """The next length-prefixed byte string."""
         length = self.u32()
         data = self.raw(length, "byte string")
-        self.raw(-length % align, "padding")
+        if any(self.raw(-length % align, "padding")):
+            raise ImageDamaged(
+                f"{self.where}: padding before offset {self._at:#x} of the payload is not zero"
+            )
         return data
 
     def text(self) -> str:

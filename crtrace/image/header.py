@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
 from crtrace.errors import FormatTooNew, ImageDamaged
-from crtrace.image.fields import Cursor, text
+from crtrace.image.fields import Cursor, must_be_zero, text
 from crtrace.image.framing import IMAGE_MAGIC, MAJOR, MINOR, RecordType
 
 NO_ID = bytes(16)
@@ -66,7 +66,8 @@ class ImageHeader:
         check_version(data, where)
         cursor = Cursor(data, where)
         (_, _, _, chain_id, image_id, parent_id, parent_hash, replaced, epoch, parent_epoch,
-         kind, _, wall_ns, boottime_ns, boot_id) = cursor.take(cls.FIXED)  # fmt: skip
+         kind, reserved, wall_ns, boottime_ns, boot_id) = cursor.take(cls.FIXED)  # fmt: skip
+        must_be_zero(reserved, where)
         if kind not in (FULL, INCREMENTAL):
             raise ImageDamaged(f"{where}: kind is {kind}, expected 0 (full) or 1 (incremental)")
         return cls(

@@ -39,7 +39,8 @@ class Strings:
     """The byte strings of a table that was read.
 
     Rows share them, so few bytes can stand for many. Different strings must not overlap, or a
-    heap could become a multiple of itself in memory; and what all rows name, shared or not, is
+    heap could become a multiple of itself in memory: what they take is limited as they are read,
+    and ``check_apart`` finds the rest. What all rows name, shared or not, is
     limited as well, since it is printed for each. Methods raise ``ImageDamaged``.
     """
 
@@ -70,6 +71,14 @@ class Strings:
         if self._different > len(self._heap):
             raise ImageDamaged(f"{self._where}: different byte strings overlap in the heap")
         return self._heap[offset : offset + length]
+
+    def check_apart(self) -> None:
+        """Raise ``ImageDamaged`` when two of the strings that were asked for share bytes."""
+        reach = 0
+        for offset, length in sorted(key for key in self._known if key[1]):
+            if offset < reach:
+                raise ImageDamaged(f"{self._where}: different byte strings overlap in the heap")
+            reach = offset + length
 
     def text(self, offset: int, length: int) -> str:
         """The same as a name."""

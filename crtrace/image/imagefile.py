@@ -30,7 +30,7 @@ from crtrace.image.framing import (
     padding,
     type_name,
 )
-from crtrace.image.header import NO_ID, ImageHeader, Stats
+from crtrace.image.header import NO_EPOCH, NO_ID, ImageHeader, Stats
 from crtrace.image.losses import Unreadable
 from crtrace.image.pageindex import PageIndex, SummaryPart
 from crtrace.image.places import PAGE_LIMIT
@@ -172,10 +172,13 @@ class Image:
     def _check_header(self, chain_id: bytes) -> None:
         self.check_header(1)
         header, entry = self.header, self.entry
-        expected = (chain_id, entry.image_id, entry.epoch, entry.full, entry.parent_id)
-        found = (header.chain_id, header.image_id, header.epoch, header.full, header.parent_id)
-        if found != expected or header.parent_epoch != entry.parent_epoch:
+        expected = (chain_id, entry.image_id, entry.epoch, entry.full, entry.wall_ns)
+        found = (header.chain_id, header.image_id, header.epoch, header.full, header.wall_ns)
+        above = header.parent_id, header.parent_epoch
+        if found != expected or above != (entry.parent_id, entry.parent_epoch):
             raise ImageDamaged(f"{self.where(1)}: does not belong to its index entry")
+        if header.full and (*above, header.parent_hash) != (NO_ID, NO_EPOCH, NO_ID):
+            raise ImageDamaged(f"{self.where(1)}: is of a full image, and names a parent")
 
     def _find_spaces(self) -> dict[int, int]:
         """Space -> id of its page index."""
@@ -298,11 +301,11 @@ class Image:
         """
         if space not in self._summaries:
             parts = [SummaryPart(self, number) for number in self.summary_ids.get(space, ())]
-            parts.sort(key=lambda part: part.first)
             reach = 0
             for part in parts:
                 where = f"{self.path}: the summary of space {space}"
-                if (part.space, part.first, part.base) != (space, reach, parts[0].base):
+                follows = (part.space, part.first, part.base) == (space, reach, parts[0].base)
+                if not follows or part.end <= reach:
                     raise ImageDamaged(f"{where} has no part for page {reach:#x}")
                 part.check_within(self.entry.epoch)
                 reach = part.end

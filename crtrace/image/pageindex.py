@@ -10,6 +10,7 @@ from typing import ClassVar, Protocol
 import numpy as np
 
 from crtrace.errors import ImageDamaged
+from crtrace.image.fields import must_be_zero
 from crtrace.image.framing import INDEX_HEAD, SUMMARY_HEAD
 from crtrace.image.header import NO_EPOCH
 from crtrace.image.places import PAGE_LIMIT, PageKind, kinds
@@ -101,8 +102,9 @@ class PageIndex:
         """The number of rows."""
         if len(piece) < self.HEAD.size:
             raise ImageDamaged(f"{where}: {len(piece)} bytes are too few")
-        rows: int = self.HEAD.unpack_from(piece)[-1]
-        return rows
+        _, reserved, rows = self.HEAD.unpack_from(piece)
+        must_be_zero(reserved, where)
+        return int(rows)
 
     def _pages_in(self, piece: bytes, at: int) -> tuple[U64, int]:
         """The page numbers in the piece of the payload at ``at``, and the first one's row."""
@@ -212,7 +214,9 @@ class SummaryPart(PageIndex):
     def _read_head(self, piece: bytes, where: str) -> int:
         if len(piece) < self.HEAD.size:
             raise ImageDamaged(f"{where}: {len(piece)} bytes are too few")
-        self.space, _, self.base, self.first, self.end, rows = self.HEAD.unpack_from(piece)
+        head = self.HEAD.unpack_from(piece)
+        self.space, reserved, self.base, self.first, self.end, rows = head
+        must_be_zero(reserved, where)
         if rows > SUMMARY_ROWS:
             raise ImageDamaged(f"{where}: {rows} rows, expected at most {SUMMARY_ROWS}")
         return int(rows)

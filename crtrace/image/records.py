@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Self
 
 from crtrace.errors import FormatTooNew, ImageDamaged
-from crtrace.image.fields import Cursor, blob, text, u32s
+from crtrace.image.fields import Cursor, blob, must_be_zero, text, u32s
 from crtrace.image.framing import RecordType
 from crtrace.units import PAGE_SIZE
 
@@ -206,7 +206,8 @@ class Thread:
     def unpack(cls, data: bytes, where: str) -> Self:
         """Raises ``ImageDamaged`` when a field does not fit."""
         cursor = Cursor(data, where)
-        tid, ns_tid, state, _, sigmask, pending, syscall = cursor.take(cls.FIXED)
+        tid, ns_tid, state, reserved, sigmask, pending, syscall = cursor.take(cls.FIXED)
+        must_be_zero(reserved, where)
         check_pids((tid, ns_tid), where)
         return cls(
             tid=tid, ns_tid=ns_tid, state=letter(state, where), sigmask=sigmask,
@@ -236,5 +237,5 @@ class Cpu:
         """Raises ``ImageDamaged`` when a field does not fit."""
         cursor = Cursor(data, where)
         number = cursor.count(8, "register sets")
-        cursor.u32()
+        must_be_zero(cursor.u32(), where)
         return cls(tuple((cursor.u32(), cursor.blob(8)) for _ in range(number)))

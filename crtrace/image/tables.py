@@ -8,7 +8,7 @@ from enum import IntEnum, IntFlag
 from typing import ClassVar, Self
 
 from crtrace.errors import ImageDamaged
-from crtrace.image.fields import encode
+from crtrace.image.fields import encode, must_be_zero
 from crtrace.image.framing import RecordType
 from crtrace.image.heap import Heap, pack_table, unpack_table
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE
@@ -148,6 +148,7 @@ class Vmas:
             )
             for start, end, pgoff, flags, kind, file, space, at, length in rows
         )  # fmt: skip
+        strings.check_apart()
         if wrong := _misplaced(vmas):
             raise ImageDamaged(f"{where}: {wrong}")
         return cls(vmas)
@@ -204,6 +205,8 @@ class Files:
             )
             for r in rows
         )  # fmt: skip
+        strings.check_apart()
+        must_be_zero(max((r[11] for r in rows), default=0), where)
         if wrong := _unfit(files):
             raise ImageDamaged(f"{where}: {wrong}")
         return cls(files)

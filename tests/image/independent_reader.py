@@ -16,6 +16,7 @@ import struct
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,10 +32,17 @@ LAST_PAGE = 2**52
 IMAGE, ARCH, TASK, MM, VMAS, FILES, THREAD, CPU = range(1, 9)
 CHUNK, PAGE_INDEX, UNREADABLE, STATS, DIRECTORY, TAIL, SUMMARY = range(9, 16)
 KNOWN = range(IMAGE, SUMMARY + 1)
-PARENTS = {TASK: {0, TASK}, MM: {TASK}, VMAS: {MM}, THREAD: {TASK}, CPU: {THREAD}}
+PARENTS = {TASK: {None, TASK}, MM: {TASK}, VMAS: {MM}, THREAD: {TASK}, CPU: {THREAD}}
 ONE_AT_MOST = (IMAGE, ARCH, FILES, UNREADABLE, STATS)
-CHUNK_LIMIT = 16 + 512 * 8 + (2 << 20)
 LIMIT = 256 << 20
+LIMITS = dict.fromkeys((IMAGE, ARCH, MM, THREAD, CPU), 1 << 20) | {
+    STATS: 4 << 20, TASK: 16 << 20, CHUNK: 16 + 512 * 8 + (2 << 20), PAGE_INDEX: 1 << 63,
+}  # fmt: skip
+"""Bytes of the longest payloads; of all others ``LIMIT``."""
+MOST_LISTED = 1024
+VSYSCALL = 0xFFFFFFFFFF600000
+USER_END, OBJECT_END = 1 << 56, 1 << 63
+MOST_NESTED = 32
 
 STORED, ZERO, HOLE, NOT_READ, INHERITED = range(5)
 VDSO, VVAR, VSYSCALL, DEVICE = 3, 4, 5, 9
@@ -74,7 +82,26 @@ def ensure(right: object, what: str) -> None:
 
 def decoded(data: bytes) -> str:
     """UTF-8 in which a byte that is none stands for itself."""
+    ensure(0 not in data, "a text has a zero byte")
     return data.decode("utf-8", "surrogateescape")
+
+
+def letter(code: int) -> str:
+    """A state, which is a letter."""
+    ensure(0x20 <= code < 0x7F, "a state is no letter")
+    return chr(code)
+
+
+def printable(value: Any, deep: int) -> bool:
+    """Whether a value of JSON is nested at most so deep, and its numbers are none too large."""
+    if isinstance(value, int | float):
+        return abs(value) < 2**64
+    inner = (
+        list(value.values() if isinstance(value, dict) else value)
+        if (isinstance(value, dict | list))
+        else []
+    )
+    return (deep > 1 or not inner) and all(printable(each, deep - 1) for each in inner)
 
 
 class Fields:
@@ -98,6 +125,7 @@ class Fields:
     def count(self, size: int) -> int:
         """A number of things that take at least ``size`` bytes each."""
         number = self.u32()
+        ensure(number <= MOST_LISTED, "a list is too long")
         ensure(number * size <= len(self.payload) - self.at, "a list is longer than its payload")
         return number
 
@@ -116,18 +144,30 @@ class Fields:
         return dict(zip(names.split(), self.take(layout), strict=True))
 
     def table(self, layout: str, names: str) -> list[Row]:
-        """Rows with what their pairs "…_at" and "…_length" point to in the heap."""
+        """Rows with the bytes that their pairs "…_at" and "…_length" point to in the heap."""
         count, size, heap_length = self.take("IIQ")
-        known = struct.calcsize("<" + layout)
-        ensure(size >= known, "rows are too short")
-        rows = [Fields(self.raw(size)).named(layout, names) for _ in range(count)]
+        rows = self.rows(layout, names, count, size)
         heap = self.raw(heap_length)
+        strings = set()
+        total = 0
         for row in rows:
             for name in [key.removesuffix("_at") for key in row if key.endswith("_at")]:
                 start, length = row.pop(name + "_at"), row.pop(name + "_length")
                 ensure(start + length <= len(heap), "a row points outside of the heap")
-                row[name] = decoded(heap[start : start + length])
+                total += length
+                ensure(total <= LIMIT, "rows name too much")
+                strings |= {(start, start + length)} if length else set()
+                row[name] = heap[start : start + length]
+        apart = all(one[1] <= two[0] for one, two in pairwise(sorted(strings)))
+        ensure(apart, "strings overlap in the heap")
         return rows
+
+    def rows(self, layout: str, names: str, count: int, size: int) -> list[Row]:
+        """The known fields of rows of a size that they give themselves."""
+        ensure(size >= struct.calcsize("<" + layout) and size % 8 == 0, "size of rows")
+        table = self.raw(count * size)
+        parts = (table[at : at + size] for at in range(0, len(table), size))
+        return [Fields(part).named(layout, names) for part in parts]
 
 
 class Entry(NamedTuple):
@@ -243,10 +283,7 @@ class Image:
         *head, checksum = struct.unpack_from("<IIQIIQ", self.data, at)
         type, flags, length, _, _ = head
         ensure(length <= end - at - 32, "a payload ends outside of its image")
-        if type == CHUNK:
-            ensure(length <= CHUNK_LIMIT, "a chunk is too long")
-        elif type not in {PAGE_INDEX, DIRECTORY}:
-            ensure(length <= LIMIT, "a payload is too long")
+        ensure(length <= LIMITS.get(type, LIMIT), "a payload is too long")
         payload = self.data[at + 32 : at + 32 + length]
         right = xxh3_64_intdigest(self.data[at : at + 24] + payload) == checksum
         ensure(right, "checksum of a record")
@@ -303,11 +340,11 @@ class Image:
         ensure(at == end, "the directory does not follow the last record")
 
     def _check_records(self) -> None:
-        types = {0: 0} | {id: type for id, (type, _, _) in self.records.items()}
+        types = {id: type for id, (type, _, _) in self.records.items()}
         for id, (type, parent, _) in self.records.items():
             ensure(parent < id, "a record belongs to a later one")
             ensure(type not in {DIRECTORY, TAIL}, "a directory amid the records")
-            right = type not in KNOWN or types.get(parent) in PARENTS.get(type, {0})
+            right = type not in KNOWN or types.get(parent) in PARENTS.get(type, {None})
             ensure(right, f"parent of a record of type {type}")
         for kind in ONE_AT_MOST:
             ensure(len(self.of(kind)) <= 1, f"more than one record of type {kind}")
@@ -315,7 +352,8 @@ class Image:
             fields = Fields(payload)
             self.arch = fields.named("IIQI", "page_size xsave_size xcr0 ticks")
             self.arch["machine"] = fields.text()
-            ensure(self.arch["page_size"] == PAGE, "page size")
+            if self.arch["page_size"] != PAGE:
+                raise TooNew("page size")
 
     # --- pages ---
 
@@ -379,10 +417,12 @@ class Image:
         rows: list[Row] = []
         for _, _, payload in self.of(UNREADABLE):
             fields = Fields(payload)
-            count, size = fields.take("II")
-            ensure(size >= 32, "rows are too short")
             names = "space errno first count reason zero"
-            rows = [Fields(fields.raw(size)).named("IiQQII", names) for _ in range(count)]
+            rows = fields.rows("IiQQII", names, *fields.take("II"))
+        ends = [(row["space"], row["first"], row["first"] + row["count"]) for row in rows]
+        ensure(all(first < end <= LAST_PAGE for _, first, end in ends), "unreadable: no pages")
+        in_order = all((a, end) <= (b, first) for (a, _, end), (b, first, _) in pairwise(ends))
+        ensure(in_order, "unreadable: order")
         pages = {
             (space, number)
             for space, index in self.spaces.items()
@@ -392,7 +432,7 @@ class Image:
         ensure(sum(row["count"] for row in rows) == len(pages), "number of unreadable pages")
         named = {(row["space"], row["first"] + at) for row in rows for at in range(row["count"])}
         ensure(named == pages, "unreadable pages")
-        ensure(all(row["reason"] <= 4 and row["zero"] == 0 for row in rows), "unreadable: reason")
+        ensure(not any(row["zero"] for row in rows), "unreadable: reserved")
         return rows
 
     # --- processes ---
@@ -404,7 +444,7 @@ class Image:
         for _, _, payload in self.of(FILES):
             rows = Fields(payload).table("IIQQQqIIIIII", names)
         for row in rows:
-            row["build_id"] = row["build_id"].encode("utf-8", "surrogateescape")
+            row["path"] = decoded(row["path"])
             ensure(row.pop("zero") == 0 and len(row["build_id"]) <= 64, "row of a file")
         files = {row["id"]: row for row in rows}
         ensure(len(files) == len(rows) and 0 not in files, "ids of files")
@@ -419,8 +459,10 @@ class Image:
         task = fields.named("IIIIIIQ", "pid ppid pgid sid terminal state start_time")
         task |= {"uid": fields.take("4I"), "gid": fields.take("4I")}
         task |= fields.named("iI", "exit_status seccomp")
-        task["state"] = chr(task["state"] & 0x7F)
+        task["state"] = letter(task["state"])
         task["ns_pids"] = tuple(fields.u32() for _ in range(fields.count(4)))
+        numbers = (*task["ns_pids"], *(task[name] for name in ("pid", "ppid", "pgid", "sid")))
+        ensure(max(numbers) < 2**31, "number of a process")
         task |= {name: fields.text() for name in ("comm", "cwd", "root", "cgroup")}
         task["cmdline"] = fields.blob()
         count = fields.count(12)
@@ -450,14 +492,20 @@ class Image:
             ensure(before <= row["start"] < row["end"], "mappings are not in order")
             whole = (row["start"] | row["end"] | row["offset"]) % PAGE == 0
             ensure(whole, "a mapping begins or ends within a page")
-            before = row["end"]
+            before, size = row["end"], row["end"] - row["start"]
+            low = row["end"] <= USER_END or (row["start"], size) == (VSYSCALL, PAGE)
+            ensure(low, "a mapping is where none can be")
+            within = not row["space"] or row["offset"] + size <= OBJECT_END
+            ensure(within, "a mapping is beyond its object")
+            row["name"] = decoded(row["name"])
         return rows
 
     def _thread(self, id: int, _: int, payload: bytes) -> Row:
         fields = Fields(payload)
         thread = fields.named("IIIIQQq", "tid ns_tid state zero blocked pending syscall")
         ensure(thread.pop("zero") == 0, "a thread's reserved field")
-        thread["state"], thread["comm"] = chr(thread["state"] & 0x7F), fields.text()
+        ensure(max(thread["tid"], thread["ns_tid"]) < 2**31, "number of a thread")
+        thread["state"], thread["comm"] = letter(thread["state"]), fields.text()
         sets = [self._registers(payload) for _, _, payload in self.of(CPU, id)]
         ensure(len(sets) <= 1, "a thread with two CPU records")
         thread["registers"] = sets[0] if sets else ()
@@ -478,6 +526,12 @@ class Image:
         except (ValueError, RecursionError) as error:
             raise Damaged("STATS is not JSON") from error
         ensure(isinstance(stats, dict), "STATS is not an object")
+        ensure(printable(stats, MOST_NESTED), "STATS is too deep, or a number too large")
+        limits, paid = stats.get("limits", []), stats.get("paid", {})
+        ensure(isinstance(limits, list) and isinstance(paid, dict), "known fields of STATS")
+        ensure(all(isinstance(limit, str) for limit in limits), "limits in STATS")
+        times = [value for name, value in stats.items() if name.endswith("_time")]
+        ensure(all(isinstance(value, int | float | None) for value in times), "times in STATS")
         return dict(stats)
 
     # --- what must fit together ---
@@ -488,8 +542,9 @@ class Image:
         named = {mm["space"] for mm in mms}
         ensure(0 not in named, "a task without a space")
         named |= {row["space"] for row in [*vmas, *self.files.values()]} - {0}
-        ensure(named == self.spaces.keys(), "spaces and page indexes are not the same")
-        ensure(self.summaries.keys() <= named, "a summary of a space that does not exist")
+        ensure(named <= self.spaces.keys(), "a space without a page index")
+        known = self.spaces.keys()
+        ensure(self.summaries.keys() <= known, "a summary of a space that does not exist")
         files = {mm["exe"] for mm in mms} | {vma["file"] for vma in vmas}
         ensure(files <= self.files.keys() | {0}, "there is no such file")
 
@@ -542,7 +597,8 @@ class Chain:
                 continue
             entry = self._entry(chain, block)
             full, epoch = entry["flags"] & 1, entry["epoch"]
-            if epoch > before and (full or entry["parent_epoch"] < epoch):
+            right = epoch > before and not entry["flags"] & ~1
+            if right and (full or entry["parent_epoch"] < epoch):
                 self.entries[epoch] = entry
                 before = epoch
             else:
@@ -552,10 +608,7 @@ class Chain:
     def _entry(chain: bytes, block: bytes) -> Row:
         names = "epoch id parent_id parent_epoch flags generation length hash wall"
         names += " pages holes raw stored"
-        entry = Fields(block).named("Q16s16sQIIQ16sQQQQQ", names) | {"chain": chain}
-        if entry["flags"] & ~1:
-            raise TooNew("flags of an index entry")
-        return entry
+        return Fields(block).named("Q16s16sQIIQ16sQQQQQ", names) | {"chain": chain}
 
     def image(self, epoch: int) -> Image:
         """The image of an epoch; its lineage has been checked."""

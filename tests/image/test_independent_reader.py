@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from xxhash import xxh3_128_digest
 
 from crtrace.analyze.verify import verify
 from crtrace.errors import ChainIncomplete, FormatTooNew, ImageDamaged
@@ -24,6 +25,7 @@ from crtrace.image.store import ChainWriter, ImageWriter
 from crtrace.image.tables import FileFlag, FileInfo, Files, Vma, VmaFlag, VmaKind
 from crtrace.units import PAGE_SIZE
 from tests.image import independent_reader as second
+from tests.image import test_hostile, test_verify
 from tests.image.independent_reader import Damaged, Incomplete, Refused, TooNew
 from tests.image.second_opinion import assert_same
 from tests.image.support import (
@@ -39,7 +41,7 @@ from tests.image.support import (
     small_chain,
     write,
 )
-from tests.image.tamper import Image, put_together, rewrite, take_apart
+from tests.image.tamper import Image, Record, put_together, rewrite, take_apart
 
 pytestmark = pytest.mark.usefixtures("unsynced")
 
@@ -358,11 +360,77 @@ def again(kind: int) -> Callable[[Image], object]:
     return lambda image: image.insert(image.records(kind)[0])
 
 
+def parent(kind: int, number: int = 1) -> Callable[[Image], object]:
+    """The first record of a kind belongs to another."""
+    return lambda image: setattr(image.records(kind)[0], "parent", number)
+
+
+def added(kind: int, payload: bytes) -> Callable[[Image], object]:
+    """One more record."""
+    return lambda image: image.add(kind, payload)
+
+
+def padded(kind: int, text: bytes) -> Callable[[Image], object]:
+    """A byte that is not zero after a text in the first record of a kind."""
+
+    def change(image: Image) -> None:
+        payload = image.records(kind)[0].payload
+        payload[payload.index(text) + len(text)] = 7
+
+    return change
+
+
+def one_more_page(number: int, kind: int) -> Callable[[Image], object]:
+    """A row of the page index for a page, without contents."""
+
+    def change(image: Image) -> None:
+        payload = image.records(second.PAGE_INDEX)[0].payload
+        space, _, count = struct.unpack_from("<IIQ", payload)
+        pages, places = 16 + 8 * count, 16 + 16 * count
+        place = struct.pack("<IHH", 0, 0, kind)
+        rows = payload[16:pages] + u64(number), payload[pages:places] + place, payload[places:]
+        payload[:] = struct.pack("<IIQ", space, 0, count + 1) + b"".join(rows) + bytes(16)
+
+    return change
+
+
+def zero_page(image: Image) -> None:
+    """A row for one more page of zeros."""
+    one_more_page(99, 1)(image)
+    image.records(second.PAGE_INDEX)[0].payload[-16:] = xxh3_128_digest(ZERO)
+
+
+def unread(*rows: tuple[int, ...], size: int = 32) -> bytes:
+    """A table with rows of space, first page, count and, if that is given, what is reserved."""
+    packed = [
+        struct.pack("<IiQQII", space, 14, first, count, 4, *(more or [0])).ljust(size, b"\0")
+        for space, first, count, *more in rows
+    ]
+    return struct.pack("<II", len(rows), size) + b"".join(packed)
+
+
+def both(*changes: Callable[[Image], object]) -> Callable[[Image], object]:
+    """Several changes."""
+    return lambda image: [change(image) for change in changes]
+
+
+def summary_row(kind: int) -> Callable[[Image], object]:
+    """A kind with a slot in the first row of the first summary."""
+
+    def change(image: Image) -> None:
+        payload = image.records(second.SUMMARY)[0].payload
+        (count,) = struct.unpack_from("<Q", payload, 32)
+        payload[40 + 8 * count : 48 + 8 * count] = struct.pack("<IHH", 0, 9, kind)
+
+    return change
+
+
 TOO_NEW = {
     "major": patch(second.IMAGE, 8, u32(2)),
     "type": lambda image: image.add(77, b""),
     "flag": flags(second.STATS, 2),
     "summary": lambda image: image.add(second.SUMMARY, b""),
+    "pages of 8 KiB": patch(second.ARCH, 0, u32(8192)),
 }
 DAMAGED = {
     "magic": patch(second.IMAGE, 0, b"\0"),
@@ -401,6 +469,75 @@ DAMAGED = {
     "inherited of nobody": kind_of_page(0, struct.pack("<IHH", 77, 0, 4)),
     "gap in a summary": patch(second.SUMMARY, 24, u64(2**51)),
     "base of a summary": patch(second.SUMMARY, 32, u64(65537)),
+    "two IMAGE": again(second.IMAGE),
+    "two ARCH": again(second.ARCH),
+    "two FILES": again(second.FILES),
+    "two STATS": again(second.STATS),
+    "two UNREADABLE": both(
+        one_more_page(99, 3), added(11, unread((SPACE, 99, 1))), added(11, unread())
+    ),
+    "IMAGE belongs to itself": parent(second.IMAGE),
+    "ARCH of IMAGE": parent(second.ARCH),
+    "FILES of IMAGE": parent(second.FILES),
+    "CHUNK of IMAGE": parent(second.CHUNK),
+    "PAGE_INDEX of IMAGE": parent(second.PAGE_INDEX),
+    "SUMMARY of IMAGE": parent(second.SUMMARY),
+    "STATS of IMAGE": parent(second.STATS),
+    "UNREADABLE of IMAGE": both(added(11, unread()), parent(11)),
+    "STATS of a record of type 0": both(
+        lambda image: image.all.insert(1, Record(0, 1, 0, bytearray())),
+        lambda image: setattr(image.records(second.STATS)[0], "parent", 2),
+    ),
+    "CPU of a task": parent(second.CPU, 3),
+    "a directory amid the records": added(second.DIRECTORY, b""),
+    "a tail that may be passed over": lambda image: image.add(second.TAIL, b"", 1),
+    "reserved in IMAGE": patch(second.IMAGE, 116, u32(1)),
+    "reserved in FILES": patch(second.FILES, 16 + 60, u32(1)),
+    "reserved in THREAD": patch(second.THREAD, 12, u32(1)),
+    "reserved in CPU": patch(second.CPU, 4, u32(1)),
+    "reserved in CHUNK": patch(second.CHUNK, 12, u32(1)),
+    "reserved in PAGE_INDEX": patch(second.PAGE_INDEX, 4, u32(1)),
+    "reserved in UNREADABLE": both(one_more_page(99, 3), added(11, unread((SPACE, 99, 1, 1)))),
+    "reserved in SUMMARY": patch(second.SUMMARY, 4, u32(1)),
+    "padding after a blob": padded(second.TASK, b"target"),
+    "padding after a text of IMAGE": padded(second.IMAGE, b"6.18-x"),
+    "far page of a chunk": patch(second.CHUNK, 16, u64(2**60)),
+    "unreadable without a table": one_more_page(99, 3),
+    "unreadable and not in the table": both(
+        one_more_page(99, 3), one_more_page(101, 3), added(11, unread((SPACE, 99, 1)))
+    ),
+    "in the table and not unreadable": both(
+        one_more_page(99, 3), added(11, unread((SPACE, 99, 2)))
+    ),
+    "a table for nothing": added(11, unread((SPACE, 99, 1))),
+    "a table for a space that is not there": added(11, unread((77, 99, 1))),
+    "a table out of order": both(
+        one_more_page(99, 3),
+        one_more_page(101, 3),
+        added(11, unread((SPACE, 101, 1), (SPACE, 99, 1))),
+    ),
+    "rows of odd size": both(one_more_page(99, 3), added(11, unread((SPACE, 99, 1), size=36))),
+    "space 0": patch(second.MM, 0, u32(0)),
+    "space 0 with an index": both(
+        patch(second.MM, 0, u32(0)), added(10, struct.pack("<IIQ", 0, 0, 0))
+    ),
+    "file of a mapping": patch(second.VMAS, 16 + 32, u32(77)),
+    "file of the program": patch(second.MM, 4, u32(77)),
+    "registers of another size": patch(second.CPU, 8, u32(2)),
+    "wall clock": patch(second.IMAGE, 120, u64(5)),
+    "one hole more than the entry says": one_more_page(99, 2),
+    "one page of zeros more": zero_page,
+    "a chunk that no entry names": added(
+        second.CHUNK, struct.pack("<IIIIQ", SPACE, 1, 0, 0, 5) + bytes(4096)
+    ),
+    "a slot for a hole of a summary": summary_row(2),
+    "summary of a space that is not there": patch(second.SUMMARY, 0, u32(77)),
+}
+DAMAGED_FULL = {
+    "hole": one_more_page(99, 2),
+    "parent": patch(second.IMAGE, 48, bytes(15) + b"1"),
+    "parent's hash": patch(second.IMAGE, 64, bytes(15) + b"1"),
+    "parent's epoch": patch(second.IMAGE, 104, u64(7)),
 }
 HARMLESS: dict[str, Callable[[Image], object]] = {
     "minor": patch(second.IMAGE, 12, u32(9)),
@@ -408,15 +545,21 @@ HARMLESS: dict[str, Callable[[Image], object]] = {
     "fields": lambda image: [extend(kind, b"newer")(image) for kind in (1, 3, 4, 7, 8)],
     "statistics": become(second.STATS, b'{"new":1}'),
     "order": lambda image: image.all.append(image.all.pop(-2)),
+    "no table": added(11, unread()),
+    "no statistics": lambda image: image.remove(image.records(second.STATS)[0]),
 }
 
 
-def changed(path: Path, name: str, change: Callable[[Image], object]) -> None:
+def changed(
+    path: Path, name: str, change: Callable[[Image], object], *, full: bool = False
+) -> None:
     """A chain of nine epochs whose last image is another, with right checksums."""
     vmas = [anon(16, 32), anon(50, 9)]
     with ChainWriter.open(path, create=True) as writer:
         for number in range(9):
-            with writer.begin(reason="dump") as image:
+            alone = full and number == 8
+            with writer.begin(reason="dump", kernel="6.18-x", full=alone) as image:
+                image.add(Arch(machine="x86_64"))
                 files = Files((LIBRARY, MEMFD))
                 add_task(image, [*vmas, mapping(70, 4, file=2, object_space=OBJECT)], files=files)
                 write(image, {16: page(number + 1), 17: noise(number), 18: ZERO})
@@ -435,14 +578,37 @@ def test_what_is_too_new_is_refused_as_that(tmp_path: Path, name: str) -> None:
             verify(chain)
 
 
-@pytest.mark.parametrize("name", DAMAGED)
-def test_what_contradicts_the_document_is_damage(tmp_path: Path, name: str) -> None:
-    changed(tmp_path, name, DAMAGED[name])
+@pytest.mark.parametrize(
+    ("name", "full"),
+    [*((name, False) for name in DAMAGED), *((name, True) for name in DAMAGED_FULL)],
+)
+def test_what_contradicts_the_document_is_damage(tmp_path: Path, name: str, full: bool) -> None:
+    changed(tmp_path, name, (DAMAGED_FULL if full else DAMAGED)[name], full=full)
     with Chain.open(tmp_path) as chain, closing(second.Chain(tmp_path)) as reader:
         reader.epoch(7)
         with pytest.raises(Damaged):
             reader.epoch(8)
-        assert not verify(chain).ok
+        report = verify(chain)
+        assert {damage.file for damage in report.damage} == {"00000008.img"}
+        assert all(f"{tmp_path}/00000008.img" in damage.message for damage in report.damage)
+
+
+OTHERS = {
+    **{f"verify: {lie.__name__}": lie for lie in test_verify.LIES},
+    **{f"hostile: {name}": lie for name, lie in test_hostile.REFUSED.items()},
+    **{f"hostile: {name}": lie for name, lie in test_hostile.POINTERS.items()},
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_what_one_reader_refuses_the_other_does(tmp_path: Path, name: str) -> None:
+    """The lies that other tests tell crtrace's reader alone."""
+    path = small_chain(tmp_path)
+    rewrite(path, 0, OTHERS[name])
+    with Chain.open(path) as chain, closing(second.Chain(path)) as reader:
+        with pytest.raises(Damaged):
+            reader.epoch(0)
+        assert "00000000.img" in {damage.file for damage in verify(chain).damage}
 
 
 @pytest.mark.parametrize("name", HARMLESS)
@@ -452,6 +618,16 @@ def test_what_a_later_minor_version_adds_is_passed_over(tmp_path: Path, name: st
         before = reader.epoch(8)
     rewrite(tmp_path, 8, HARMLESS[name])
     assert assert_same(tmp_path)[8] == before
+    with Chain.open(tmp_path) as chain:
+        assert verify(chain).ok
+
+
+def test_an_index_of_a_space_that_nobody_names_is_read_like_any_other(tmp_path: Path) -> None:
+    changed(tmp_path, "", added(second.PAGE_INDEX, struct.pack("<IIQ", 77, 0, 0)))
+    found = assert_same(tmp_path)
+    assert (found[8].keys() - found[7].keys(), found[8][77]) == ({77}, {})
+    with Chain.open(tmp_path) as chain:
+        assert verify(chain).ok
 
 
 def test_longer_rows_are_cut(tmp_path: Path) -> None:

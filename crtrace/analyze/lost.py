@@ -15,6 +15,7 @@ from crtrace.image.framing import RecordType
 from crtrace.image.imagefile import Image
 from crtrace.image.reader import Chain
 from crtrace.image.resolve import Source
+from crtrace.image.salvage import Salvage
 from crtrace.image.tables import Vma
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages
 
@@ -46,20 +47,26 @@ class EpochLoss:
 
 
 @dataclass(slots=True)
-class Suspects:
+class Suspects(Salvage):
     """What damage may have made unreadable, over all images that were looked at."""
 
-    records: dict[int, set[int]] = field(default_factory=dict)
-    """Epoch -> damaged records of its image: what ``Chain.epoch`` takes as ``salvage``."""
     pages: U64 = field(default_factory=no_pages)
     """A range array of page numbers, of whatever space."""
     everything: bool = False
     """Any page may be concerned: a whole page index or image is damaged."""
 
     def add(self, image: Image, found: Finding) -> None:
-        """Damage inside an image."""
-        self.records.setdefault(image.entry.epoch, set()).add(found.number)
+        """Damage inside an image. A record that can be used all the same loses only the pages
+        that are known."""
+        epoch = image.entry.epoch
         self.pages = merge(self.pages, *(part for parts in found.lost.values() for part in parts))
+        self.everything |= found.anywhere
+        if found.usable:
+            for space, parts in found.lost.items():
+                known = self.entries.get((epoch, space), no_pages())
+                self.entries[epoch, space] = merge(known, *parts)
+            return
+        self.records.setdefault(epoch, set()).add(found.number)
         kind = image.directory[found.number - 1]["type"]
         self.everything |= bool(kind == RecordType.PAGE_INDEX)
 
@@ -74,7 +81,7 @@ def losses(chain: Chain, entries: Iterable[IndexEntry], suspects: Suspects) -> l
     found = []
     for entry in entries:
         try:
-            epoch = chain.epoch(entry.epoch, suspects.records)
+            epoch = chain.epoch(entry.epoch, suspects)
             lost = tuple(_of_processes(epoch, suspects))
         except (ImageDamaged, ChainIncomplete):
             found.append(EpochLoss(entry.epoch, whole=True))

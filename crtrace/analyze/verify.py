@@ -15,6 +15,7 @@ from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.image.chaindir import INDEX_NAME, PART
 from crtrace.image.chainindex import ENTRY_SIZE, Fault, IndexEntry
 from crtrace.image.codec import hash_pages
+from crtrace.image.epoch import Epoch
 from crtrace.image.imagefile import Image
 from crtrace.image.layers import LayerRows, OwnLayer, SummaryLayer, gather, summary_layer
 from crtrace.image.merged import merge_layers
@@ -178,36 +179,52 @@ def _check_epoch(
     name = entry.name
     try:
         image = chain.image(entry)
-        image.check_parents()
     except (ImageDamaged, ChainIncomplete) as error:
         missing = isinstance(error, ChainIncomplete)
         report.damage.append(Damage(file=name, message=str(error), epochs=epochs, missing=missing))
         report.suspects.add_image(entry.epoch)
         advance(entry.length)
         return
+    _check_owners(image, report, epochs)
     _check_link(chain, image, report, epochs)
-    for found in (*check_image(image, advance), *_check_inherited(chain, image)):
+    for found in check_image(image, advance):
+        report.damage.append(_damage(name, found, epochs))
+        report.suspects.add(image, found)
+    for found in _check_inherited(chain, image, report.suspects):
         report.damage.append(_damage(name, found, epochs))
         report.suspects.add(image, found)
     for found in _check_summaries(chain, image):
         report.damage.append(_damage(name, found, ()))
+        report.suspects.add(image, found)
     report.records += len(image.directory)
     report.pages += sum(len(index) for space in image.spaces if (index := _index(image, space)))
     advance(entry.length)
 
 
-def _check_inherited(chain: Chain, image: Image) -> Iterator[Finding]:
+def _check_owners(image: Image, report: Report, epochs: tuple[int, ...]) -> None:
+    """Which record belongs to which: of this epoch alone nothing can be read if that is wrong."""
+    try:
+        image.check_parents()
+    except ImageDamaged as error:
+        report.damage.append(Damage(file=image.name, message=str(error), epochs=epochs))
+
+
+def _check_inherited(chain: Chain, image: Image, suspects: Suspects) -> Iterator[Finding]:
     """The pages that an image inherits of its parent's, against their hashes."""
+    try:
+        epoch = chain.epoch(image.entry.epoch, suspects)
+    except (ImageDamaged, ChainIncomplete):
+        return  # it was made on top of another parent, which was found
     for space in image.spaces:
         index = _index(image, space)
         if index is None:
             continue
         number = image.index_id(space)
         text = f"{image.where(number)}: inherited pages do not have the hash in the index"
-        found = finding(image, number, text)
-        with suppress(ImageDamaged, ChainIncomplete):  # the rows are, or a parent's file
+        found = finding(image, number, text, usable=True)
+        with suppress(ImageDamaged):  # the rows are, which was found
             for pages, hashes in _inherited(index):
-                wrong, why = _differ(chain, image, space, pages, hashes)
+                wrong, why = _differ(epoch, space, pages, hashes)
                 found.message = why or found.message
                 if wrong.any():
                     found.lose(space, pages[wrong])
@@ -246,14 +263,18 @@ def _says(layer: SummaryLayer, expected: Iterator[LayerRows]) -> bool:
     return layer.at_or_after(reach) == PAGE_LIMIT
 
 
-def _differ(chain: Chain, image: Image, space: int, pages: U64, hashes: U64) -> tuple[Bools, str]:
+def _differ(epoch: Epoch, space: int, pages: U64, hashes: U64) -> tuple[Bools, str]:
     """Which pages do not have these hashes, and why if they cannot even be read."""
     try:
-        data = chain.epoch(image.entry.epoch).read_pages(space, pages)
-    except ImageDamaged as error:
+        kind = epoch.page_kinds(space, pages)
+        data = epoch.read_pages(space, pages)
+    except (ImageDamaged, ChainIncomplete) as error:
         return np.ones(len(pages), dtype=np.bool_), str(error)
-    differ: Bools = (hash_pages(data) != hashes).any(axis=1)
-    return differ, ""
+    absent = (kind != PageKind.STORED) & (kind != PageKind.ZERO)
+    differ: Bools = absent | (hash_pages(data) != hashes).any(axis=1)
+    where = epoch.image.where(epoch.image.index_id(space))
+    lacking = f"{where}: inherited pages are damaged or missing in the parent image"
+    return differ, lacking if absent.any() else ""
 
 
 def _inherited(index: PageIndex) -> Iterator[tuple[U64, U64]]:

@@ -14,7 +14,7 @@ from crtrace.cli.verify import describe_loss
 from crtrace.units import human_bytes
 
 if TYPE_CHECKING:
-    from crtrace.analyze.lost import EpochLoss
+    from crtrace.analyze.lost import EpochLoss, Suspects
     from crtrace.image.reader import Chain
 
 
@@ -46,10 +46,10 @@ def export(
     lost: list[EpochLoss] = []
     with Chain.open(chain) as opened:
         number = opened.entry(epoch).epoch
-        damaged = None
+        damage = None
         if salvage:
-            damaged, lost = _find_damage(opened, number)
-        view = opened.epoch(number, damaged)
+            damage, lost = _find_damage(opened, number)
+        view = opened.epoch(number, damage)
         parts = (export_core if kind == "core" else export_raw)(
             view, path, pid=pid, progress=bar.update
         )
@@ -70,11 +70,11 @@ def export(
         raise Failure(LOSSES)
 
 
-def _find_damage(chain: Chain, number: int) -> tuple[dict[int, set[int]], list[EpochLoss]]:
-    """The damaged records by epoch, and what the epoch lacks because of them."""
+def _find_damage(chain: Chain, number: int) -> tuple[Suspects, list[EpochLoss]]:
+    """What is damaged, and what the epoch lacks because of that."""
     from crtrace.analyze.verify import verify
 
     bar = Bar("looking for damage", human_bytes)
     report = verify(chain, number, bar.update)
     bar.clear()
-    return report.suspects.records, [loss for loss in report.lost if loss.epoch == number]
+    return report.suspects, [loss for loss in report.lost if loss.epoch == number]

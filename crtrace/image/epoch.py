@@ -157,7 +157,10 @@ class Epoch(MergedPages):
         """Those among some rows of the merged index of a space."""
         lost = rows.select(kinds(rows.places) == PageKind.UNREADABLE)
         for level in np.unique(lost.levels).tolist():
-            tables = (table for _, _, table in self.lineage[level].records(Unreadable))
+            tables = (
+                table
+                for _, _, table in self.lineage[level].records(Unreadable, self._damaged(level))
+            )
             reasons = [row for table in tables for row in table.rows if row.space == space]
             yield from narrowed(reasons, to_ranges(lost.pages[lost.levels == level]))
 

@@ -17,6 +17,7 @@ from crtrace.image.header import NO_EPOCH
 from crtrace.image.lineage import Levels, Lineage
 from crtrace.image.pageindex import PageIndex, SummaryPart
 from crtrace.image.places import LOST, PAGE_LIMIT, place
+from crtrace.image.salvage import Salvage
 from crtrace.units import U64, Bools
 
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
@@ -162,46 +163,60 @@ class LostLayer:
         return LayerRows(none, none.astype(np.int64), none, none.reshape(0, 2))
 
     def at_or_after(self, page: int) -> int:
-        return PAGE_LIMIT
+        return PAGE_LIMIT  # it has no rows; what is in none of the layers before it is all alike
 
 
 def gather(
-    lineage: Lineage, space: int, first: int, end: int, *, salvage: bool = False
+    lineage: Lineage, space: int, first: int, end: int, *, salvage: Salvage | None = None
 ) -> tuple[list[Layer], int, bool]:
     """The layers of a space from ``lineage[first]`` back to before ``lineage[end]``; the level
     that was reached, and whether the space has not existed further back.
 
-    With ``salvage``, an image that cannot be read ends them with a ``LostLayer`` and raises no
-    error.
+    With ``salvage``, an image or page index that cannot be read ends them with a ``LostLayer`` and
+    raises no error.
     """
     found: list[Layer] = []
     level = first
     while level < end:
         try:
-            if summary := summary_layer(lineage, space, level):
+            if summary := summary_layer(lineage, space, level, salvage):
                 found.append(summary)
                 level = summary.level
                 continue
-            index = lineage[level].page_index(space)
+            index = _index(lineage, space, level, salvage)
         except (ImageDamaged, ChainIncomplete):
-            if not salvage:
+            if salvage is None:
                 raise
             return [*found, LostLayer(level)], len(lineage), True
         if index is None:
             return found, len(lineage), True
         found.append(OwnLayer(index, level))
         level += 1
-    if salvage and level >= len(lineage) and not lineage.entries[-1].full:
+    if salvage is not None and level >= len(lineage) and not lineage.entries[-1].full:
         found.append(LostLayer(len(lineage) - 1))  # the rest of the lineage is
     return found, level, level >= len(lineage)
 
 
-def summary_layer(lineage: Lineage, space: int, level: int) -> SummaryLayer | None:
+def _index(lineage: Lineage, space: int, level: int, salvage: Salvage | None) -> PageIndex | None:
+    """What an image says of a space; None: nothing. Raises ``ImageDamaged``."""
+    image = lineage[level]
+    index = image.page_index(space)
+    if index is not None and salvage and salvage.lacks(image.entry.epoch, image.index_id(space)):
+        raise ImageDamaged(f"{image.where(image.index_id(space))}: is damaged")
+    return index
+
+
+def summary_layer(
+    lineage: Lineage, space: int, level: int, salvage: Salvage | None = None
+) -> SummaryLayer | None:
     """The summary of a space in an image, if it has one and it is of use.
 
     A damaged one is of none: what it sums up is in the images as well.
     """
     image = lineage[level]
+    numbers = image.summary_ids.get(space, ()) if salvage else ()
+    if salvage and any(salvage.lacks(image.entry.epoch, number) for number in numbers):
+        return None
     try:
         parts = image.summary(space)
     except ImageDamaged:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from itertools import pairwise
 
 import numpy as np
@@ -11,10 +11,11 @@ import numpy as np
 from crtrace.errors import ImageDamaged
 from crtrace.image.chunk import Chunk
 from crtrace.image.imagefile import Image
-from crtrace.image.layers import Layer, LayerRows, Rows, gather, joined
+from crtrace.image.layers import Layer, LayerRows, LostLayer, Rows, gather, joined
 from crtrace.image.lineage import Levels, Lineage
 from crtrace.image.places import LOST, PAGE_LIMIT, U16, PageKind, chunks, kinds, place, slots
-from crtrace.units import PAGE_SIZE, U64, Bytes
+from crtrace.image.salvage import Salvage
+from crtrace.units import PAGE_SIZE, U64, Bytes, contains
 
 CACHED_CHUNKS = 8
 """Decompressed chunks kept: 16 MiB at most."""
@@ -25,8 +26,6 @@ STORED_ROWS = 1 << 16
 NOWHERE = -1
 
 Positions = np.ndarray[tuple[int], np.dtype[np.intp]]
-Salvage = Mapping[int, Set[int]]
-"""Epoch -> records of its image that are known to be damaged."""
 
 
 class MergedPages:
@@ -47,7 +46,12 @@ class MergedPages:
     @property
     def damaged(self) -> Set[int]:
         """The records of the newest image that are passed over."""
-        return (self._salvage or {}).get(self.image.entry.epoch, frozenset())
+        return self._damaged(0)
+
+    def _damaged(self, level: int) -> Set[int]:
+        """The records of ``lineage[level]`` that are passed over."""
+        records = self._salvage.records if self._salvage else {}
+        return records.get(self.lineage.entries[level].epoch, frozenset())
 
     @property
     def spaces(self) -> list[int]:
@@ -57,10 +61,11 @@ class MergedPages:
     def layers(self, space: int, level: int = 0) -> list[Layer]:
         """What the images from ``lineage[level]`` back say of a space, the newest first."""
         if (space, level) not in self._spaces:
-            end, salvage = len(self.lineage), self._salvage is not None
-            found, _, _ = gather(self.lineage, space, level, end, salvage=salvage)
-            if not found:
+            end = len(self.lineage)
+            found, _, _ = gather(self.lineage, space, level, end, salvage=self._salvage)
+            if not found and self._salvage is None:
                 raise ImageDamaged(f"{self.image.path}: space {space} has no page index")
+            found = found or [LostLayer(level)]
             self._spaces[space, level] = found
         return self._spaces[space, level]
 
@@ -82,10 +87,12 @@ class MergedPages:
             todo = todo[~found]
             if not len(todo):
                 break
-        return self._settle(pages, levels, places)
+        return self._settle(space, pages, levels, places)
 
-    def _settle(self, pages: U64, levels: Levels, places: U64) -> tuple[Levels, U64]:
-        """Levels and places with those inherited followed, and those in damaged chunks lost."""
+    def _settle(self, space: int, pages: U64, levels: Levels, places: U64) -> tuple[Levels, U64]:
+        """Levels and places with those inherited followed, and those that damage has lost."""
+        if self._salvage:
+            self._distrust(space, pages, levels, places, self._salvage)
         kind = kinds(places)
         levels[kind == PageKind.HOLE] = NOWHERE
         inherited = np.flatnonzero(kind == PageKind.INHERITED)
@@ -109,10 +116,20 @@ class MergedPages:
                 raise ImageDamaged(f"{where} inherits pages that space {origin} has not")
             places[nowhere] = place(LOST)
 
+    def _distrust(
+        self, space: int, pages: U64, levels: Levels, places: U64, salvage: Salvage
+    ) -> None:
+        """Lose the pages of which the page index that has them says what is not so."""
+        for level in np.unique(levels[levels >= 0]).tolist() if salvage.entries else ():
+            wrong = salvage.entries.get((self.lineage.entries[level].epoch, space))
+            if wrong is not None:
+                places[(levels == level) & contains(wrong, pages)] = place(LOST)
+
     def _lose(self, levels: Levels, places: U64, salvage: Salvage) -> None:
+        """Lose the pages in damaged chunks."""
         stored = np.flatnonzero(kinds(places) == PageKind.STORED)
         for at, level, number in _groups(levels, places, stored):
-            if number in salvage.get(self.lineage.entries[level].epoch, ()):
+            if salvage.lacks(self.lineage.entries[level].epoch, number):
                 places[at] = place(LOST)
 
     def at_or_after(self, space: int, page: int) -> int:
@@ -144,11 +161,11 @@ class MergedPages:
         once, however the pages of many epochs are mixed in the address space.
         """
         for rows in together(self.index_parts(space, first, end)):
-            yield from self.contents_of(rows)
+            yield from self.contents_of(space, rows)
 
-    def contents_of(self, rows: LayerRows) -> Iterator[tuple[U64, Bytes]]:
+    def contents_of(self, space: int, rows: LayerRows) -> Iterator[tuple[U64, Bytes]]:
         """The pages of some rows that have bytes, and these, as ``stored`` gives them."""
-        levels, places = self._settle(rows.pages, rows.levels.copy(), rows.places.copy())
+        levels, places = self._settle(space, rows.pages, rows.levels.copy(), rows.places.copy())
         for at, part in self._contents(levels, places):
             yield rows.pages[at], part
 

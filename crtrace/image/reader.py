@@ -13,7 +13,7 @@ from crtrace.image.epoch import Epoch
 from crtrace.image.filepool import FilePool
 from crtrace.image.imagefile import Image
 from crtrace.image.lineage import Lineage
-from crtrace.image.merged import Salvage
+from crtrace.image.salvage import Salvage
 
 __all__ = ["Chain", "Epoch", "Image"]
 
@@ -150,8 +150,8 @@ class Chain:
     def epoch(self, number: int = -1, salvage: Salvage | None = None) -> Epoch:
         """An epoch with everything it needs; negative numbers count from the end.
 
-        With ``salvage``, the records that ``verify`` found damaged, pages that cannot be known are
-        marked so and everything else is read.
+        With ``salvage``, the damage that ``verify`` found, pages that cannot be known are marked so
+        and everything else is read.
         """
         lineage = self.lineage(self.entry(number), salvage=salvage is not None)
         return Epoch(lineage, salvage)

@@ -45,7 +45,7 @@ def copy_pages(epoch: Epoch, image: ImageWriter, above: int, progress: Progress)
         for space in epoch.spaces:
             for rows in together(_rows(epoch, space, above)):
                 _copy_marks(epoch, image, space, rows)
-                for pages, data in _arrays(epoch.contents_of(rows)):
+                for pages, data in _arrays(epoch.contents_of(space, rows)):
                     writers.write(space, pages, data)
                 writers.finish()
                 image.settle(space)

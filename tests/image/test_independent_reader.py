@@ -535,6 +535,7 @@ DAMAGED = {
 }
 DAMAGED_FULL = {
     "hole": one_more_page(99, 2),
+    "inherited": one_more_page(99, 4),
     "parent": patch(second.IMAGE, 48, bytes(15) + b"1"),
     "parent's hash": patch(second.IMAGE, 64, bytes(15) + b"1"),
     "parent's epoch": patch(second.IMAGE, 104, u64(7)),

@@ -22,6 +22,7 @@ from crtrace.image.places import LOST, PageKind
 from crtrace.image.reader import Chain
 from crtrace.image.records import Mm, Task
 from crtrace.image.resolve import Run, Source
+from crtrace.image.salvage import Salvage
 from crtrace.image.store import ChainWriter
 from crtrace.units import U64
 from tests.image.support import (
@@ -126,7 +127,7 @@ def test_what_damage_leaves_is_right_and_what_it_costs_is_told(path: Path, name:
 
 def salvaged(chain: Chain, number: int, report: Report) -> tuple[dict[int, bytes], set[int]]:
     """The pages that are still known, and those that are not, of the mapped ones."""
-    view = chain.epoch(number, report.suspects.records)
+    view = chain.epoch(number, report.suspects)
     pages = numbers(range(16, 48))
     kinds = view.page_kinds(SPACE, pages)
     gone = set(pages[kinds == LOST].tolist())
@@ -179,7 +180,7 @@ def test_a_mapping_that_is_lost_as_a_whole_is_in_the_map_of_a_raw_file(
 ) -> None:
     with Chain.open(path) as chain:
         number = chain.epoch(0).image.ids(9)[0]
-        view = chain.epoch(0, {0: {number}})
+        view = chain.epoch(0, Salvage({0: {number}}))
         assert export_raw(view, tmp_path / "raw") == 1
     (row,) = map(json.loads, (tmp_path / "raw.map").read_text().splitlines())
     assert row["missing"] == [[16 << 12, 17 << 12], [18 << 12, 20 << 12]]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from crtrace.analyze.imagecheck import Finding
+from crtrace.analyze.loststate import StateLoss, lost_state
 from crtrace.errors import ChainIncomplete, ImageDamaged
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.epoch import Epoch, TaskView
@@ -39,11 +40,15 @@ class ProcessLoss:
 
 @dataclass(frozen=True, slots=True)
 class EpochLoss:
-    """What an epoch lacks. ``whole``: all of it; its image cannot be read."""
+    """What an epoch lacks. ``whole``: all of it; its image cannot be read.
+
+    ``processes`` has the memory, ``state`` what else.
+    """
 
     epoch: int
     whole: bool
     processes: tuple[ProcessLoss, ...] = ()
+    state: tuple[StateLoss, ...] = ()
 
 
 @dataclass(slots=True)
@@ -82,12 +87,12 @@ def losses(chain: Chain, entries: Iterable[IndexEntry], suspects: Suspects) -> l
     for entry in entries:
         try:
             epoch = chain.epoch(entry.epoch, suspects)
-            lost = tuple(_of_processes(epoch, suspects))
+            lost, state = tuple(_of_processes(epoch, suspects)), tuple(lost_state(epoch))
         except (ImageDamaged, ChainIncomplete):
             found.append(EpochLoss(entry.epoch, whole=True))
             continue
-        if lost:
-            found.append(EpochLoss(entry.epoch, False, lost))
+        if lost or state:
+            found.append(EpochLoss(entry.epoch, False, lost, state))
     return found
 
 

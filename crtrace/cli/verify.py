@@ -55,9 +55,11 @@ def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
 
 
 def describe_loss(loss: EpochLoss) -> Iterator[str]:
-    """What an epoch lacks, a line for each process."""
+    """What an epoch lacks, a line for each process and for each record of anything but memory."""
     if loss.whole:
         yield f"epoch {loss.epoch} cannot be read"
+    for state in loss.state:
+        yield f"epoch {loss.epoch} lacks {printable(state.text)}: {state.record} is damaged"
     for process in loss.processes:
         ranges = ", ".join(f"{start:x}-{end:x}" for start, end in process.ranges[:LISTED])
         more = ", …" if len(process.ranges) > LISTED else ""

@@ -9,12 +9,13 @@ from dataclasses import replace
 from itertools import groupby, islice
 from typing import NamedTuple
 
-from crtrace.errors import CrtraceError, UsageError
+from crtrace.errors import CrtraceError, ImageDamaged, UsageError
 from crtrace.export.elfhead import elf_head
 from crtrace.export.notes import core_notes
 from crtrace.export.placement import Placement, Progress, write_memory
 from crtrace.export.sparsefile import SparseFile, sparse_file
 from crtrace.image.epoch import Epoch, TaskView
+from crtrace.image.framing import RecordType
 from crtrace.image.resolve import UNKNOWN_WHEN_ABSENT, Source
 from crtrace.image.tables import Vma, VmaFlag
 from crtrace.units import PAGE_SIZE
@@ -94,19 +95,56 @@ def export_core(
 
 
 def find_task(epoch: Epoch, pid: int | None) -> TaskView:
-    """The task with that pid, or the first. Raises as ``export_core`` does."""
+    """The task with that pid, or the first. Raises as ``export_core`` does, and ``ImageDamaged``
+    when it is damage that has the task, or what is mapped in it."""
     fitting = [view for view in epoch.tasks if pid in (None, view.task.pid)]
+    lost = _lost_memory(epoch)
     for view in fitting:
+        if view.id in lost:
+            raise _without_memory(epoch, view, lost[view.id])
         if view.mm:
+            _check_first(epoch, view, pid)
             return view
+    _check_first(epoch, None, pid)
     if fitting:
         raise CrtraceError(
             f"process {fitting[0].task.pid} had ended in this epoch: it has no memory",
             hint="choose an earlier one with --epoch",
         )
-    known = ", ".join(str(view.task.pid) for view in epoch.tasks) or "none"
     wanted = "a task" if pid is None else f"pid {pid}"
-    raise UsageError(f"the epoch does not have {wanted}; it has: {known}")
+    raise UsageError(f"the epoch does not have {wanted}; it has: {_pids(epoch)}")
+
+
+def _pids(epoch: Epoch) -> str:
+    return ", ".join(str(view.task.pid) for view in epoch.tasks) or "none"
+
+
+def _lost_memory(epoch: Epoch) -> dict[int, int]:
+    """Tasks (record ids) without address space or map because of damage, and what is damaged."""
+    rows = epoch.image.directory
+    heads = {int(rows[each - 1]["parent"]): each for each in epoch.passed_over(RecordType.MM)}
+    maps = {int(rows[each - 1]["parent"]): each for each in epoch.passed_over(RecordType.VMAS)}
+    return {int(rows[head - 1]["parent"]): each for head, each in maps.items()} | heads
+
+
+def _without_memory(epoch: Epoch, view: TaskView, number: int) -> ImageDamaged:
+    what = "memory map" if view.mm else "address space"
+    return ImageDamaged(
+        f"{epoch.image.where(number)}: is damaged, and with it the {what} of process "
+        f"{view.task.pid}: nothing can be exported",
+        hint=f"choose another epoch, or another process with --pid; it has: {_pids(epoch)}",
+    )
+
+
+def _check_first(epoch: Epoch, view: TaskView | None, pid: int | None) -> None:
+    """Raise ``ImageDamaged`` when a damaged task may be the one that is wanted."""
+    lost = epoch.passed_over(RecordType.TASK)
+    if lost and (view is None or (pid is None and lost[0] < view.id)):
+        wanted = "the first" if pid is None else f"process {pid}"
+        raise ImageDamaged(
+            f"{epoch.image.where(lost[0])}: is damaged, and may have been {wanted}",
+            hint=f"choose one of those that are left with --pid: {_pids(epoch)}",
+        )
 
 
 def _all_segments(epoch: Epoch, task: TaskView) -> list[Segment]:

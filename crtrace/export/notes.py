@@ -6,9 +6,10 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from crtrace.errors import CrtraceError
+from crtrace.errors import CrtraceError, ImageDamaged
 from crtrace.image.epoch import Epoch, TaskView, ThreadView
 from crtrace.image.fields import encode
+from crtrace.image.framing import RecordType
 from crtrace.image.records import NT_PRFPREG, NT_PRSTATUS, NT_X86_XSTATE, Task
 from crtrace.image.tables import FileFlag, FileInfo
 from crtrace.units import PAGE_SIZE
@@ -63,7 +64,11 @@ def core_notes(epoch: Epoch, task: TaskView) -> bytes:
     threads = sorted(task.threads, key=lambda view: view.thread.tid != task.task.pid)
     threads = [view for view in threads if view.cpu and len(view.cpu.get(NT_PRSTATUS))]
     if not threads:
-        raise CrtraceError(f"pid {task.task.pid} has no registers in this epoch: no core")
+        message = f"pid {task.task.pid} has no registers in this epoch: no core"
+        if epoch.passed_over(RecordType.THREAD) or epoch.passed_over(RecordType.CPU):
+            hint = "--format raw needs none"
+            raise ImageDamaged(f"{epoch.image.path}: damaged; {message}", hint=hint)
+        raise CrtraceError(message)
     ids = ids_of(epoch, task.task)
     parts = [_note(NT_PRSTATUS, _prstatus(ids, threads[0])), *_process(epoch, task, ids)]
     parts += _float_notes(threads[0])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from crtrace.errors import CrtraceError
+from crtrace.image.framing import RecordType
 from crtrace.image.header import ImageHeader, Stats
 from crtrace.image.layers import LayerRows
 from crtrace.image.losses import Unreadable, UnreadableRange, narrowed
@@ -87,6 +88,15 @@ class Epoch(MergedPages):
             own = vmas.get(mm_id, ()) if mm else ()
             views.append(TaskView(number, parent, task, mm, own, tuple(threads[number])))
         return tuple(views)
+
+    def passed_over(self, kind: RecordType, parent: int | None = None) -> list[int]:
+        """The damaged records of a type that are passed over; of one parent, if it is given."""
+        rows = self.image.directory
+        return [
+            number
+            for number in sorted(self.damaged)
+            if rows[number - 1]["type"] == kind and parent in (None, rows[number - 1]["parent"])
+        ]
 
     def tasks_alike(self, other: Epoch) -> bool:
         """Whether both have the same tasks, wherever their records are."""

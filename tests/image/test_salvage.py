@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from crtrace.analyze.lost import EpochLoss
+from crtrace.analyze.loststate import WHAT
 from crtrace.analyze.verify import Report, verify
 from crtrace.errors import ImageDamaged
 from crtrace.image.epoch import Epoch
@@ -138,12 +139,24 @@ def assert_told(path: Path, whole: list[Known]) -> Report:
             missing -= {key for key in before if before[key] in (None, (), {})}
             wrong = {key for key in found if key not in missing and found[key] != before[key]}
             assert not wrong
+            state = {key for key in missing if key[0] != "page" or ("map", key[1]) in missing}
+            assert bool(state) == bool(loss and [s for s in loss.state if s.what != "unreadable"])
     return report
 
 
 def all_known(path: Path) -> list[Known]:
     with Chain.open(path) as chain:
         return [known(chain.epoch(entry.epoch), None) for entry in chain.entries]
+
+
+def test_whatever_byte_is_damaged_what_is_gone_is_told(tmp_path: Path) -> None:
+    path = rich_chain(tmp_path / "chain")
+    whole = all_known(path)
+    data = (path / FIRST).read_bytes()
+    for at in range(40, len(data), 61):
+        flip(path / FIRST, at)
+        assert not assert_told(path, whole).ok
+        (path / FIRST).write_bytes(data)
 
 
 def test_damaged_padding_is_reported_and_costs_nothing(tmp_path: Path) -> None:
@@ -183,6 +196,103 @@ def test_an_export_with_damaged_padding_is_the_same(tmp_path: Path) -> None:
         )
         assert (said.code, json.loads(said.out)["lost"]) == (0, [])
         assert out.read_bytes() == (tmp_path / kind).read_bytes()
+
+
+# --- what is lost besides memory --------------------------------------------------------------
+
+STATE: dict[int, tuple[str, str, int, int]] = {
+    RecordType.ARCH: ("machine", "the description of the machine", 0, 0),
+    RecordType.TASK: ("process", "a process, with all that belongs to it", 0, 0),
+    RecordType.MM: ("address space", "the address space of process 200 (task200)", 200, 0),
+    RecordType.VMAS: ("memory map", "the memory map of process 200 (task200)", 200, 0),
+    RecordType.FILES: ("mapped files", "the table of mapped files", 0, 0),
+    RecordType.THREAD: ("thread", "a thread of process 200 (task200), with its registers", 200, 0),
+    RecordType.CPU: ("registers", "the registers of thread 201 of process 200 (task200)", 200, 201),
+    RecordType.UNREADABLE: ("unreadable", "the reasons why pages could not be read", 0, 0),
+    RecordType.STATS: ("statistics", "the statistics", 0, 0),
+}
+
+
+def test_every_kind_of_state_is_tried() -> None:
+    assert STATE.keys() == WHAT.keys()
+
+
+@pytest.mark.parametrize("kind", STATE, ids=type_name)
+def test_what_is_lost_besides_memory_is_told(tmp_path: Path, kind: int) -> None:
+    path = rich_chain(tmp_path / "chain")
+    flip(path / FIRST, payload_of(path, kind, -1) + 2)
+    what, text, pid, tid = STATE[kind]
+    said = crtrace("verify", path)
+    assert said.code == 20
+    assert f"epoch 0 lacks {text}: {type_name(kind)} " in said.out
+    (loss,) = json.loads(crtrace("verify", path, "--json").out)["lost"]
+    (state,) = loss["state"]
+    assert (loss["epoch"], loss["whole"], loss["processes"]) == (0, False, [])
+    assert (state["pid"], state["tid"], state["comm"]) == (pid, tid, f"task{pid}" if pid else "")
+    assert (state["what"], state["text"]) == (what, text)
+    assert state["record"].startswith(type_name(kind))
+    assert state["offset"] == payload_of(path, kind, -1) - 32
+    for form in ("raw", "core"):
+        out = tmp_path / form
+        export = ("export", path, "--epoch", 0, "--format", form, "-o", out, "--salvage")
+        said = crtrace(*export, "--json")
+        assert said.code == 3, said.err
+        assert f"epoch 0 lacks {text}: {type_name(kind)} " in said.err
+        assert json.loads(said.out)["lost"] == [loss]
+        assert out.stat().st_size > 5 * PAGE_SIZE
+
+
+GONE = {
+    RecordType.TASK: "may have been",
+    RecordType.MM: "the address space of process",
+    RecordType.VMAS: "the memory map of process",
+}
+
+
+@pytest.mark.parametrize("kind", GONE, ids=type_name)
+@pytest.mark.parametrize("pid", [None, 100, 200])
+def test_a_process_that_is_damaged_is_not_taken_for_one_that_ended(
+    tmp_path: Path, kind: RecordType, pid: int | None
+) -> None:
+    """The first is damaged: only the second can be had, and only who asks for it gets it."""
+    path = rich_chain(tmp_path / "chain")
+    offset = payload_of(path, kind)
+    flip(path / FIRST, offset + 2)
+    out = tmp_path / "out"
+    wanted = () if pid is None else ("--pid", pid)
+    export = ("export", path, "--epoch", 0, "--format", "raw", "-o", out, "--salvage", *wanted)
+    said = crtrace(*export)
+    if pid == 200:
+        assert (said.code, out.exists()) == (3, True)
+        return
+    assert (said.code, out.exists()) == (20, False)
+    assert f"{type_name(kind)} " in said.err
+    assert f"at offset {offset - 32:#x}: is damaged" in said.err
+    assert GONE[kind] in said.err
+    assert "--pid" in said.err
+    assert "ended" not in said.err
+
+
+def test_a_core_without_registers_is_refused_as_damaged(tmp_path: Path) -> None:
+    path = small_chain(tmp_path / "chain")
+    flip(path / FIRST, payload_of(path, RecordType.CPU) + 20)
+    export = ("export", path, "--epoch", 0, "--salvage", "-o", tmp_path / "out")
+    said = crtrace(*export)
+    assert said.code == 20
+    assert "no registers" in said.err
+    assert "--format raw" in said.err
+    assert crtrace(*export, "--format", "raw").code == 3
+
+
+def test_a_process_that_ended_is_still_told_so(tmp_path: Path) -> None:
+    path = tmp_path / "chain"
+    with ChainWriter.open(path, create=True) as writer, writer.begin() as image:
+        image.add(Task(pid=7, state="Z"))
+        image.commit({"a": 1})
+    flip(path / FIRST, payload_of(path, RecordType.STATS) + 1)
+    said = crtrace("export", path, "--salvage", "-o", tmp_path / "out")
+    assert said.code == 1
+    assert "process 7 had ended" in said.err
 
 
 # --- lies under right checksums ---------------------------------------------------------------
@@ -242,7 +352,7 @@ def test_a_lie_costs_the_pages_it_is_about_and_no_others(tmp_path: Path, name: s
     (loss,) = report.lost
     (process,) = loss.processes
     lost = {at >> 12 for start, end in process.ranges for at in range(start, end, PAGE_SIZE)}
-    assert lost == pages
+    assert (lost, loss.state) == (pages, ())
     with Chain.open(path) as chain:
         view = chain.epoch(0, report.suspects)
         (task,) = view.tasks

@@ -14,6 +14,7 @@ import pytest
 from xxhash import xxh3_64_intdigest
 
 from crtrace.analyze.lost import ProcessLoss
+from crtrace.analyze.loststate import WHAT
 from crtrace.analyze.verify import Report, verify
 from crtrace.errors import ChainIncomplete, CrtraceError, FormatTooNew, ImageDamaged, UsageError
 from crtrace.export.raw import export_raw
@@ -122,7 +123,12 @@ def test_what_damage_leaves_is_right_and_what_it_costs_is_told(path: Path, name:
                 kept, gone = salvaged(chain, entry.epoch, report)
                 whole = before[entry.epoch]
                 assert kept == {page: whole[page] for page in whole.keys() - gone}
-                assert bool(gone & set(range(16, 48))) == (entry.epoch in lost)
+                loss = lost.get(entry.epoch)
+                assert bool(gone & set(range(16, 48))) == bool(loss and loss.processes)
+                rows = chain.image(entry).directory
+                numbers = report.suspects.records.get(entry.epoch, ())
+                state = [n for n in numbers if rows[n - 1]["type"] in WHAT]
+                assert bool(state) == bool(loss and loss.state)
 
 
 def salvaged(chain: Chain, number: int, report: Report) -> tuple[dict[int, bytes], set[int]]:

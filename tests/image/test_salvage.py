@@ -442,3 +442,16 @@ def test_a_mapping_of_petabytes_that_is_lost_costs_nothing(tmp_path: Path) -> No
         assert view.page_kinds(SPACE, numbers([1, PAGE_LIMIT - 1])).tolist() == [LOST, LOST]
         with pytest.raises(ImageDamaged):
             chain.epoch(0).page_kinds(SPACE, numbers([1]))
+
+
+def test_a_row_far_down_that_no_reader_knows_costs_its_index(tmp_path: Path) -> None:
+    """Rows are looked at together, 65,536 at a time; those before it are sound."""
+    path, count = tmp_path / "chain", 70_000
+    with ChainWriter.open(path, create=True) as writer:
+        pages = {16 + at: noise(at) if at < 3 else ZERO for at in range(count)}
+        epoch(writer, pages, vmas=[anon(16, count + 9)])
+    tamper.rewrite(path, 0, change_place(count - 1, struct.pack("<IHH", 0, 0, 9)))
+    report = check(path)
+    (damage,) = report.damage
+    assert "kind 9" in damage.message
+    assert report.lost[0].processes[0].bytes == (count + 9) * PAGE_SIZE

@@ -536,9 +536,9 @@ KINDS: dict[str, Callable[[list[dict[str, bytes]], Path], Any]] = {
 
 def failure(kind: Any, case: Any) -> str:
     """Execute a case: what is wrong and where; nothing: an empty text."""
-    limit_memory(MEMORY)
     try:
-        kind.execute(case)
+        with limited_memory(MEMORY):
+            kind.execute(case)
     except (Exception, Hang) as error:
         frames = traceback.extract_tb(error.__traceback__)
         inner = [frame for frame in frames if "/crtrace/" in frame.filename] or frames
@@ -603,11 +603,16 @@ def with_atheris(records: Records, arguments: argparse.Namespace) -> NoReturn:
     raise SystemExit(0)
 
 
-def limit_memory(more: int) -> None:
+@contextlib.contextmanager
+def limited_memory(more: int) -> Iterator[None]:
     """Let the address space grow by so many bytes and no more."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * PAGE_SIZE + more, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def make_seeds(scratch: Path) -> list[dict[str, bytes]]:

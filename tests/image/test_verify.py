@@ -487,9 +487,9 @@ def test_another_major_version_is_too_new(path: Path) -> None:
         Chain.open(path)
 
 
-def looked_up(chain: Chain, records: dict[int, set[int]]) -> tuple[list[Run], int]:
+def looked_up(chain: Chain, damage: Salvage | None = None) -> tuple[list[Run], int]:
     """The runs of the first mapping of epoch 0, and how many pages were looked up for them."""
-    view = chain.epoch(0, records)
+    view = chain.epoch(0, damage)
     asked: list[int] = []
     find = view.locate
 
@@ -508,13 +508,13 @@ def test_what_a_lost_index_costs_is_told_without_looking_at_each_page(tmp_path: 
         epoch(writer, {16: page(1)}, vmas=[anon(16, tib)])
     with Chain.open(path) as chain:
         number = chain.epoch(0).image.index_id(SPACE)
-        assert looked_up(chain, {})[1] < 100
+        assert looked_up(chain)[1] < 100
         offset = int(chain.epoch(0).image.directory[number - 1]["offset"])
     data = bytearray((path / FIRST).read_bytes())
     data[offset + 40] ^= 1
     (path / FIRST).write_bytes(data)
     with Chain.open(path) as chain:
-        runs, asked = looked_up(chain, {0: {number}})
+        runs, asked = looked_up(chain, Salvage({0: {number}}))
         assert runs == [Run(16 << 12, tib, Source.LOST)]
         assert asked < 100
         (loss,) = verify(chain).lost
@@ -527,6 +527,6 @@ def test_scattered_pages_are_not_looked_up_with_all_between_them(tmp_path: Path)
     with ChainWriter.open(path, create=True) as writer:
         epoch(writer, pages, vmas=[anon(16, 200 * 40_000)])
     with Chain.open(path) as chain:
-        runs, asked = looked_up(chain, {})
+        runs, asked = looked_up(chain)
     assert [run.addr >> 12 for run in runs if run.source is Source.STORED] == list(pages)
     assert asked < 200 * 100

@@ -14,7 +14,7 @@ from tests.live.conftest import Spawn
 from tests.live.runner import verified
 
 GIB = 1 << 30
-LIMIT_MIB = 300
+LIMIT_MIB = 200
 SCRIPT = """
 import atexit, runpy, sys
 atexit.register(lambda: sys.stderr.write(open("/proc/self/status").read()))

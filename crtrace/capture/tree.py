@@ -311,7 +311,7 @@ class StoppedTree:
         self._tree = tree
         self._held: dict[Member, StoppedProcess] = {}
         self._strangers: dict[Pid, StoppedProcess] = {}
-        self._deadline = time.monotonic() + PATIENCE
+        self._deadline = 0.0
         self._reaper = ExitStack()
         for member in tree.members:
             with suppress(TargetGone):
@@ -320,7 +320,7 @@ class StoppedTree:
 
     def get_ready(self) -> None:
         """What can be done while they run. Raises ``TargetBusy``."""
-        look_before(self._every, self._deadline)
+        look_before(self._every, time.monotonic() + PATIENCE)
         self._reaper.enter_context(reaping(self._every))
 
     def stop(self) -> None:
@@ -329,6 +329,7 @@ class StoppedTree:
         Processes that share an address space are stopped last: the parent of a ``vfork`` only stops
         when its child has gone on.
         """
+        self._deadline = time.monotonic() + PATIENCE
         with self._reaper:
             for sharing in (False, True):
                 group = [held for member, held in self._held.items() if member.sharing == sharing]

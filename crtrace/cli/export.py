@@ -44,7 +44,7 @@ def export(
 
     bar = Bar("exporting", human_bytes)
     lost: list[EpochLoss] = []
-    with Chain.open(chain) as opened:
+    with Chain.open(chain, salvage=salvage) as opened:
         number = opened.entry(epoch).epoch
         damage = None
         if salvage:

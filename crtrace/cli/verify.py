@@ -31,7 +31,7 @@ def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
     from crtrace.image.reader import Chain
 
     bar = Bar("verifying", human_bytes)
-    with Chain.open(chain) as opened:
+    with Chain.open(chain, salvage=True) as opened:
         report = check(opened, epoch, bar.update)
     bar.clear()
     if as_json:

@@ -118,6 +118,11 @@ class ChainIndex:
         return max((entry.generation for entry in self.entries), default=0)
 
     @property
+    def header_fault(self) -> Fault | None:
+        """What is wrong with the header."""
+        return next((fault for fault in self.faults if fault.offset == 0), None)
+
+    @property
     def broken(self) -> bool:
         """Whether something is wrong that a writer cut short cannot have left so."""
         return not all(fault.harmless for fault in self.faults)

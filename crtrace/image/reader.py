@@ -25,22 +25,30 @@ class Chain:
     entry is damaged is in there and not in ``entries``.
     """
 
-    def __init__(self, directory: ChainDir, *, owned: bool = True) -> None:
+    def __init__(self, directory: ChainDir, *, owned: bool = True, salvage: bool = False) -> None:
         self._directory = directory
         self._owned = owned
         self._index = ChainIndex.read(directory)
+        if self._index.header_fault and not salvage:
+            raise ImageDamaged(
+                f"{directory.path / INDEX_NAME}: {self._index.header_fault.message}",
+                hint="crtrace verify and export --salvage read the epochs all the same",
+            )
         self.path = directory.path
         self._files = FilePool(directory)
         self._images: dict[int, Image] = {}
         self._by_epoch = {entry.epoch: entry for entry in self.entries}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Raises ``UsageError`` when there is no chain, ``ImageDamaged`` or ``FormatTooNew``."""
+    def open(cls, path: str | os.PathLike[str], *, salvage: bool = False) -> Self:
+        """Raises ``UsageError`` when there is no chain, ``ImageDamaged`` or ``FormatTooNew``.
+
+        With ``salvage``, a damaged header of the index is no reason.
+        """
         directory = ChainDir.open(path)
         try:
             cls.check(directory)
-            return cls(directory)
+            return cls(directory, salvage=salvage)
         except BaseException:
             directory.close()
             raise

@@ -406,6 +406,8 @@ def target_is_busy(target: Target) -> bool:
 
 def test_a_process_without_its_first_thread_is_refused(spawn: Spawn, tmp_path: Path) -> None:
     target = spawn("corners", "--in", "without_leader")
+    # On its way out the first thread still maps and unmaps a library.
+    wait_until(lambda: status(target.pid)["State"][0] == "Z", "the first thread has exited")
     before = Untouched(target.info["tid"])
     result = run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1)
     result.expect(1, "the first thread", "others run on")

@@ -288,6 +288,17 @@ def depth(chains: dict[str, tuple[Path, Path]], total: int, samples: Samples) ->
             title = f"{shape}, {LONG} epochs: {name}"
             samples.setdefault(f"{title}, ms", []).append(slow * 1000)
             samples.setdefault(f"{title}, / {SHORT} epochs", []).append(slow / fast)
+        for command in ("show", "export --format raw -o {out}", "export --format core -o {out}"):
+            slow, fast = (seconds(lambda: as_users_do(command, path)) for path in (long, short))  # noqa: B023
+            title = f"{shape}, {LONG} epochs: crtrace {command.removesuffix(' -o {out}')}"
+            samples.setdefault(f"{title}, / {SHORT} epochs", []).append(slow / fast)
+
+
+def as_users_do(command: str, path: Path) -> None:
+    """Run a command on the newest epoch of a chain, from its start to its end."""
+    name, *rest = command.format(out=path.with_name("out")).split()
+    run = [sys.executable, "-P", "-m", "crtrace", name, str(path), *rest]
+    subprocess.run(run, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 # --- memory ---------------------------------------------------------------------------------------

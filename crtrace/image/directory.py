@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import numpy as np
 
 from crtrace.errors import FormatTooNew, ImageDamaged
@@ -35,8 +37,15 @@ ONE_IN_ALL = (
     RecordType.STATS,
 )
 """The types of which an image has one at most."""
-LIMITS = np.array([max_payload(kind) for kind in range(max(RecordType) + 2)], dtype=np.uint64)
-"""The longest payload by type; the last one is that of all further types."""
+OTHERS = max(RecordType) + 1
+"""Stands for all types that are not known."""
+LIMITS = np.array([max_payload(kind) for kind in range(OTHERS + 1)], dtype=np.uint64)
+"""The longest payload by type."""
+FLAGS = np.full(OTHERS + 1, OPTIONAL, dtype=np.uint32)
+"""The least flags by type. What is not known must be optional, and SUMMARY says so, too."""
+FLAGS[RecordType.IMAGE : RecordType.STATS + 1] = 0
+FLAGS[[RecordType.DIRECTORY, RecordType.TAIL]] = OPTIONAL + 1  # they are not in a directory
+_SEVEN = np.uint64(7)
 
 
 def unpack_directory(payload: bytes, end: int, where: str) -> Directory:
@@ -48,50 +57,44 @@ def unpack_directory(payload: bytes, end: int, where: str) -> Directory:
     """
     rows = np.frombuffer(payload, dtype=DIRECTORY_ROW)
     _check_places(rows, end, where)
-    _check_types(rows, where)
-    _check_lengths(rows, where)
+    kinds = np.minimum(rows["type"], OTHERS)
+    flags, length = rows["flags"], rows["length"]
+    # In long chains hundreds of directories are read for one epoch, so what is wrong is told apart
+    # only where something is.
+    good = (flags <= OPTIONAL) & (flags >= FLAGS[kinds]) & (length <= LIMITS[kinds])
+    if not good.all():
+        _refuse(rows[np.flatnonzero(~good)[0]], where)
     return rows
 
 
 def _check_places(rows: Directory, end: int, where: str) -> None:
     if not len(rows) or (rows["length"] > end).any():
         raise ImageDamaged(f"{where}: a record is longer than the file, or there is none")
-    padding = (-rows["length"].astype(np.int64) % 8).astype(np.uint64)
-    ends = np.cumsum(HEADER.size + rows["length"] + padding)
-    starts = np.concatenate(([np.uint64(0)], ends[:-1]))
-    ids = np.arange(1, len(rows) + 1)
+    offset, ids = rows["offset"], rows["id"]
+    ends = np.cumsum(HEADER.size + (rows["length"] + _SEVEN & ~_SEVEN))
     # Every offset is compared with the end, since the sum of many lengths may pass 2^64.
-    inside = (rows["offset"] < end).all() and ends[-1] == end
-    if not inside or (starts != rows["offset"]).any() or (ids != rows["id"]).any():
+    inside = offset[0] == 0 and offset.max() < end and ends[-1] == end
+    follow = (ends[:-1] == offset[1:]).all() and (ids == np.arange(1, len(rows) + 1)).all()
+    if not inside or not follow:
         raise ImageDamaged(f"{where}: records do not lie back to back")
 
 
-def _check_lengths(rows: Directory, where: str) -> None:
-    """Also of records that are passed over: ``verify`` reads them."""
-    limits = LIMITS[np.minimum(rows["type"], len(LIMITS) - 1)]
-    if long := np.flatnonzero(rows["length"] > limits).tolist():
-        row = rows[long[0]]
+def _refuse(row: np.void, where: str) -> NoReturn:
+    """Say what is wrong with a row."""
+    kind = int(row["type"])
+    if kind in (RecordType.DIRECTORY, RecordType.TAIL):
+        raise ImageDamaged(f"{where}: record {row['id']} is a directory or tail amid the others")
+    # Also of records that are passed over: ``verify`` reads them.
+    if row["length"] > max_payload(kind):
         raise ImageDamaged(
             f"{where}: {_name(row)} has a payload of {row['length']} bytes, expected at most "
-            f"{max_payload(int(row['type']))}"
+            f"{max_payload(kind)}"
         )
-
-
-def _check_types(rows: Directory, where: str) -> None:
-    amid = np.isin(rows["type"], (RecordType.DIRECTORY, RecordType.TAIL))
-    if amid.any():
-        number = int(np.flatnonzero(amid)[0]) + 1
-        raise ImageDamaged(f"{where}: record {number} is a directory or tail amid the others")
-    # SUMMARY is not among them: it is optional, and must say so.
-    known = (rows["type"] >= RecordType.IMAGE) & (rows["type"] <= RecordType.STATS)
-    bad = (rows["flags"] & ~np.uint32(OPTIONAL) != 0) | ~(known | (rows["flags"] == OPTIONAL))
-    if bad.any():
-        row = rows[np.flatnonzero(bad)[0]]
-        raise FormatTooNew(
-            f"{where}: record {row['id']} of type {row['type']} with flags {row['flags']:#x} is "
-            "not known to this crtrace",
-            hint="use the crtrace that wrote the chain, or a later one",
-        )
+    raise FormatTooNew(
+        f"{where}: record {row['id']} of type {row['type']} with flags {row['flags']:#x} is "
+        "not known to this crtrace",
+        hint="use the crtrace that wrote the chain, or a later one",
+    )
 
 
 def check_parents(rows: Directory, where: str) -> None:

@@ -197,9 +197,10 @@ def savings(options: argparse.Namespace, folder: Path, samples: Samples) -> None
         attached(Pid(target.pid), folder / "savings") as session,
     ):
         session.checkpoint("warm")
-        for _ in range(options.runs):
+        for number in range(4 * options.runs):
             took = {}
-            for kind in (StoredContents, Forgetful):
+            kinds = (StoredContents, Forgetful)
+            for kind in kinds if number % 2 else kinds[::-1]:
                 with mock.patch("crtrace.image.imagewriter.StoredContents", kind):
                     _, stats = session.checkpoint("bench", full=True)
                 took[kind] = stats["total_time"]

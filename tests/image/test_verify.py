@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
@@ -25,10 +27,11 @@ from crtrace.image.records import Mm, Task
 from crtrace.image.resolve import Run, Source
 from crtrace.image.salvage import Salvage
 from crtrace.image.store import ChainWriter
-from crtrace.units import U64
+from crtrace.units import PAGE_SIZE, U64
 from tests.image.support import (
     SPACE,
     ZERO,
+    add_task,
     anon,
     contents,
     epoch,
@@ -96,6 +99,42 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
             assert found(path), f"bit {bit} of {name}"
             data[bit // 8] ^= 1 << bit % 8
         (path / name).write_bytes(data)
+    assert check(path).ok
+
+
+def test_a_sample_of_bits_and_lengths_of_a_large_chain_is_found(tmp_path: Path) -> None:
+    """Others each time: 24 MiB that do not compress, in images of many chunks."""
+    path, seed = tmp_path / "chain", random.randrange(1 << 32)
+    chance, rng = random.Random(seed), np.random.default_rng(seed)
+    with ChainWriter.open(path, create=True) as writer:
+        for first in (16, 1016, 2016):
+            with writer.begin() as image:
+                add_task(image, [anon(16, 5000)], threads=3)
+                data = rng.integers(0, 256, (2000, PAGE_SIZE), dtype=np.uint8)
+                image.write_pages(SPACE, np.arange(first, first + 2000, dtype=np.uint64), data)
+                image.commit({})
+    with Chain.open(path) as chain:
+        offsets = {
+            entry.name: chain.epoch(entry.epoch).image.directory["offset"].tolist()
+            for entry in chain.entries
+        }
+    for _ in range(40):
+        name = chance.choice([FIRST, SECOND, "00000002.img"])
+        at, bit = chance.randrange((path / name).stat().st_size), chance.randrange(8)
+        with open(path / name, "r+b") as file:
+            before = os.pread(file.fileno(), 1, at)
+            os.pwrite(file.fileno(), bytes([before[0] ^ 1 << bit]), at)
+            (damage,) = check(path).damage
+            os.pwrite(file.fileno(), before, at)
+        assert damage.file == name, f"seed {seed}: bit {bit} at {at:#x}"
+        record = [offset for offset in offsets[name] if offset <= at][-1]
+        behind = at >= offsets[name][-1]  # in the last record, the directory or the tail
+        assert f"offset {record:#x}" in damage.message or behind, f"seed {seed}: {damage}"
+    for _ in range(10):
+        whole = (path / SECOND).read_bytes()
+        os.truncate(path / SECOND, chance.randrange(len(whole)))
+        assert [damage.file for damage in check(path).damage] == [SECOND], f"seed {seed}"
+        (path / SECOND).write_bytes(whole)
     assert check(path).ok
 
 

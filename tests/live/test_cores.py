@@ -17,6 +17,7 @@ import pytest
 from elftools.elf.elffile import ELFFile
 from elftools.elf.segments import NoteSegment
 
+from crtrace.linux.libc import syscall
 from crtrace.units import PAGE_SIZE
 from tests.live.cores import Core, export
 from tests.live.harness import (
@@ -35,10 +36,11 @@ Spawn = Callable[..., Target]
 Note = tuple[str, str | int, bytes]
 Extent = tuple[int, int, int]
 
+SYS_TGKILL = 234
 XSAVE_LAYOUT = 0x205  # Linux 6.12 and later; only the processor knows it, and no image has it
 THREAD = ["NT_PRSTATUS", "NT_FPREGSET", 0x202]
 PRSTATUS_SIZE, PID, END_OF_IDS, REGISTERS = 336, 32, 48, 112
-SIGNAL_END = 16  # of a prstatus; times lie between the ids and the registers
+PENDING = slice(16, 24)  # of a prstatus; times lie between the ids and the registers
 STATE, FLAGS = slice(0, 3), slice(8, 16)  # of a prpsinfo
 
 DRGN = """
@@ -138,7 +140,9 @@ class Pair:
 def abort(target: Target, folder: Path) -> Path:
     """Make the kernel write a core of a stopped target that was started in an empty folder."""
     resource.prlimit(target.pid, resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
-    os.kill(target.pid, signal.SIGABRT)
+    # One for each thread, so that none runs another instruction before it is ended by one of them.
+    for tid in tasks(target.pid):
+        syscall(SYS_TGKILL, target.pid, tid, signal.SIGABRT)
     os.kill(target.pid, signal.SIGCONT)  # which it does not live to see
     assert target.process.wait(60) == -signal.SIGABRT
     found = list(folder.iterdir())
@@ -201,7 +205,10 @@ def comparable(note: bytes) -> bytes:
     """A note of a thread without what a fatal signal and the time change."""
     if len(note) != PRSTATUS_SIZE:
         return note
-    return note[SIGNAL_END:END_OF_IDS] + note[REGISTERS:]
+    pending = int.from_bytes(note[PENDING], "little")
+    for fatal in (signal.SIGABRT, signal.SIGKILL):
+        pending &= ~(1 << fatal - 1)
+    return pending.to_bytes(8, "little") + note[PENDING.stop : END_OF_IDS] + note[REGISTERS:]
 
 
 def compare_memory(pair: Pair) -> None:

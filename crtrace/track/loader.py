@@ -74,15 +74,14 @@ class Programs:
 class Loading:
     """A load under way: start it early, do other things, then take the :meth:`result`.
 
-    ``regions`` is how many the map of written pages holds. ``cached``: whether code that was
-    compiled before will do.
+    ``regions`` is how many the map of written pages holds.
     """
 
-    def __init__(self, regions: int = REGIONS, *, cached: bool = True) -> None:
+    def __init__(self, regions: int = REGIONS) -> None:
         self._began = time.monotonic()
         self._regions = regions
         self._key = cache_key(bpf_sources())
-        self._code = recall(self._key) if cached else None
+        self._code = recall(self._key)
         self._child = None if self._code else _compiler()
 
     def result(self) -> Programs:

@@ -366,7 +366,15 @@ class Process:
     @cached_property
     def ipc_namespace(self) -> int:
         """The inode of its IPC namespace when first asked."""
-        return os.stat("ns/ipc", dir_fd=self.dirfd).st_ino
+        return self.namespace("ipc").st_ino
+
+    def namespace(self, kind: str) -> os.stat_result:
+        """What tells its namespace of a kind (``pid``, ``ipc``): device and inode."""
+        name = f"ns/{kind}"
+        try:
+            return os.stat(name, dir_fd=self.dirfd)
+        except OSError as error:
+            raise self.explain(error, name) from error
 
     @cached_property
     def comm(self) -> str:

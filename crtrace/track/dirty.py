@@ -66,7 +66,7 @@ class WrittenPages:
     def resolve(self, process: Process) -> int:
         """The number of a process in BPF's maps."""
         number = process.status()["NSpid"].split()[-1]
-        space = os.stat("ns/pid", dir_fd=process.dirfd)
+        space = process.namespace("pid")
         for index, word in enumerate((space.st_dev, space.st_ino, int(number), 0)):
             bpf.update(self._maps["question"], _u32(index), np.array([word], dtype=np.uint64))
         link = bpf.attach_raw_tracepoint(self._resolver, "sched_switch")

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crtrace.errors import TargetGone
 from crtrace.linux import bpf
 from crtrace.linux.procfs import Process
 from crtrace.track import bytecode
@@ -132,6 +133,27 @@ def test_several_processes_are_told_apart(spawn: Spawn, programs: Programs) -> N
         area = target.ask("areas")["anon_unwritten"]
         written = pages_between(drained[number], area["addr"], area["pages"] * PAGE_SIZE)
         assert written == set(range(2 * at, 3 * at + 1))
+
+
+@pytest.mark.parametrize("reaped", [False, True])
+def test_a_process_that_ends_while_it_is_looked_up_is_gone(
+    spawn: Spawn, programs: Programs, reaped: bool
+) -> None:
+    target = spawn("layout")
+    with Process(Pid(target.pid)) as process:
+        status = process.status
+
+        def and_ends() -> dict[str, str]:
+            before = status()
+            target.process.kill()
+            wait_until(lambda: not process.alive(), "its end")
+            if reaped:
+                target.process.wait()
+            return before
+
+        process.status = and_ends  # type: ignore[method-assign]
+        with pytest.raises(TargetGone):
+            WrittenPages(programs).add(process)
 
 
 def test_marks_of_the_next_generation_are_kept_apart(spawn: Spawn, programs: Programs) -> None:

@@ -4,7 +4,8 @@
  *
  * After the controller has armed a page, its next write faults, and the page-fault tracepoints see
  * that. Only tracepoint arguments and helpers are used, no kernel struct, so headers of any
- * version will do. Given by the loader: REGIONS and TARGETS, the sizes of the maps.
+ * version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES,
+ * the sizes of the maps.
  */
 #include "track.h"
 
@@ -18,6 +19,21 @@ BPF_ARRAY(totals, u64, TOTAL_COUNT);
 /* The question put to resolve(): device and inode of a PID namespace, a process number in it; and
  * its answer, that process's number in the initial namespace. */
 BPF_ARRAY(question, u64, 4);
+BPF_ARRAY(controller, u64, CONTROLLER_COUNT);
+/* Address spaces under watch, by mm_struct: times that somebody let go of their lock. */
+BPF_TABLE("hash", u64, u64, visits, TARGETS);
+/* The thread whose kernel-mode page fault a processor handles. */
+BPF_PERCPU_ARRAY(faulting, u64, 1);
+/* Each region when it is first marked in a generation, as struct region_key. */
+BPF_RINGBUF_OUTPUT(fresh, RING_PAGES);
+
+static __always_inline void count(int index)
+{
+	u64 *total = totals.lookup(&index);
+
+	if (total)
+		__sync_fetch_and_add(total, 1);
+}
 
 static __always_inline struct region_bits *find_region(struct region_key *key)
 {
@@ -40,6 +56,8 @@ static __always_inline void add_region(struct region_key *key)
 		written1.insert(key, &empty);
 	else
 		written0.insert(key, &empty);
+	if (fresh.ringbuf_output(key, sizeof(*key), BPF_RB_NO_WAKEUP))
+		count(TOTAL_UNTOLD);
 }
 
 static __always_inline int mark_written(u64 address)
@@ -81,6 +99,11 @@ RAW_TRACEPOINT_PROBE(page_fault_user)
 
 RAW_TRACEPOINT_PROBE(page_fault_kernel)
 {
+	int zero = 0;
+	u64 *thread = faulting.lookup(&zero);
+
+	if (thread)
+		*thread = bpf_get_current_pid_tgid();
 	return ctx->args[2] & FAULT_WRITE ? mark_written(ctx->args[0]) : 0;
 }
 
@@ -98,6 +121,66 @@ RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 
 	if (target)
 		__sync_fetch_and_add(&target->map_changes, 1);
+	return 0;
+}
+
+/*
+ * Who lets go of the lock may have changed memory without a page fault: pages that the kernel wrote
+ * to for somebody, or discarded. Counted at the end, so that what was begun earlier counts, too. A
+ * fault in kernel mode takes the lock itself and is no reason to count: it is marked. Where that
+ * cannot be told for sure, it counts.
+ */
+RAW_TRACEPOINT_PROBE(mmap_lock_released)
+{
+	u64 space = ctx->args[0], who = bpf_get_current_pid_tgid();
+	u32 process = who >> 32;
+	int zero = 0, tgid = CONTROLLER_TGID, own = CONTROLLER_SPACE, visited = CONTROLLER_VISITED;
+	u64 *value = controller.lookup(&tgid);
+
+	if (value && *value == process) {
+		value = controller.lookup(&own);
+		if (value && *value != space)
+			controller.update(&visited, &space);
+		return 0;
+	}
+
+	u64 *counted = visits.lookup(&space);
+
+	if (!counted)
+		return 0;
+	value = faulting.lookup(&zero);
+	if (value && *value == who && targets.lookup(&process))
+		*value = 0;
+	else
+		__sync_fetch_and_add(counted, 1);
+	return 0;
+}
+
+/* Reasons of enum tlb_flush_reason that are the current task's own; the others are a processor's
+ * answer to somebody else. */
+#define TLB_LOCAL_SHOOTDOWN 2
+#define TLB_REMOTE_SEND_IPI 4
+
+/* Pages can be discarded under the lock of their VMA alone; but the TLB has to be flushed. */
+RAW_TRACEPOINT_PROBE(tlb_flush)
+{
+	int reason = ctx->args[0];
+
+	if (reason < TLB_LOCAL_SHOOTDOWN || reason > TLB_REMOTE_SEND_IPI)
+		return 0;
+
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	struct target *target = targets.lookup(&tgid);
+
+	if (target)
+		__sync_fetch_and_add(&target->flushes, 1);
+	return 0;
+}
+
+/* Reclaim drops pages that were given up with MADV_FREE, and takes no lock for it. */
+RAW_TRACEPOINT_PROBE(mm_vmscan_lru_shrink_inactive)
+{
+	count(TOTAL_RECLAIMS);
 	return 0;
 }
 
@@ -124,19 +207,14 @@ TRACEPOINT_PROBE(task, task_newtask)
 		return 0;
 
 	u32 child = args->pid;
-	struct target fresh = { .threads = 1, .flags = TARGET_CHILD };
+	struct target added = { .threads = 1, .flags = TARGET_CHILD };
 
-	fresh.flags |= parent->flags & TARGET_FOLLOW;
+	added.flags |= parent->flags & TARGET_FOLLOW;
 	if (args->clone_flags & CLONE_VM)
-		fresh.flags |= TARGET_SHARES;
+		added.flags |= TARGET_SHARES;
 
-	if (targets.update(&child, &fresh)) {
-		int index = TOTAL_LOST_CHILDREN;
-		u64 *lost = totals.lookup(&index);
-
-		if (lost)
-			__sync_fetch_and_add(lost, 1);
-	}
+	if (targets.update(&child, &added))
+		count(TOTAL_LOST_CHILDREN);
 	return 0;
 }
 

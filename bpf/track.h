@@ -25,6 +25,7 @@ struct target {
 	__u64 faults;      /* write faults: pages written since they were armed, or for the first time */
 	__u64 lost;        /* written pages that found no room in the map */
 	__u64 map_changes; /* times its own threads took the address space for writing */
+	__u64 flushes;     /* times they had the TLB flushed: pages went, or were replaced */
 	__u32 threads;     /* living threads, kept for followed children only */
 	__u32 flags;
 };
@@ -36,11 +37,22 @@ struct target {
 /* Counters of the whole set of programs, by index in the array map `totals`. */
 enum total {
 	TOTAL_LOST_CHILDREN, /* forks that found no room among the targets */
+	TOTAL_UNTOLD,        /* regions that found no room in the ring */
+	TOTAL_RECLAIMS,      /* times that the machine looked for memory to take back */
 	TOTAL_COUNT
+};
+
+/* What the controller tells of itself, and learns, by index in the array map `controller`. An
+ * address space is named by the address of its mm_struct, which nobody reads through. */
+enum controller {
+	CONTROLLER_TGID,    /* its number in the initial PID namespace */
+	CONTROLLER_SPACE,   /* its own address space */
+	CONTROLLER_VISITED, /* the one that it looked at last, other than its own */
+	CONTROLLER_COUNT
 };
 
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
-_Static_assert(sizeof(struct target) == 32, "target");
+_Static_assert(sizeof(struct target) == 40, "target");
 
 #endif

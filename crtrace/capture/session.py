@@ -156,6 +156,8 @@ class Session:
             for target in self._tree.targets():
                 if part := work.parts.get(target.space):
                     target.carried = no_pages() if work.committed else part.scanned
+                if not work.committed:
+                    target.doubt()
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
@@ -163,6 +165,7 @@ class Session:
             self._precopy(work, image, full)
             with self._mapped_objects(work, full) as objects:
                 snapshots = self._pause(work, image, objects)
+            self._look_back(work)
             self._drain(work)
             self._describe(image, work, snapshots)
             self._pipeline.wait_idle()
@@ -209,8 +212,12 @@ class Session:
             while left > AT_ONCE and work.converging(left):
                 left = self._precopy_round(work, image)
         self._pipeline.hold()
-        if left > self._little:
+        if left > self._little or not self._guided():
             self._collect(work, image)
+
+    def _guided(self) -> bool:
+        """Whether no scan of the pause would look at much more than what is marked."""
+        return all(target.guided(self._tree.tgids(target)) for target in self._tree.targets())
 
     def _precopy_round(self, work: Work, image: ImageWriter) -> int:
         """Copy and compress what is written now; the pages written meanwhile, as BPF counts."""
@@ -220,19 +227,24 @@ class Session:
         return max(0, self._tree.faults() - faults)
 
     def _collect(self, work: Work, image: ImageWriter) -> None:
+        if work.rounds == 0:
+            self._marks.switch()
         for target in self._tree.targets():
             try:
                 self._collect_one(work, image, target)
             except TargetGone:
                 if target.lives():
                     raise
+        if work.rounds == 0:
+            self._drain(work)
         work.rounds += 1
 
     def _collect_one(self, work: Work, image: ImageWriter, target: Target) -> None:
         part = work.parts[target.space]
         if target.fresh and not part.rounds:
             self._inherit(image, target)
-        scan = target.armer.scan(target.map, stopped=False)
+        first = work.rounds == 0
+        scan = target.scan(self._tree.tgids(target), stopped=False, turned=first)
         part.found(scan.written)
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, part.retry()), scan.unarmed)
@@ -358,8 +370,9 @@ class Session:
         return changed
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
-        scan = target.armer.scan(target.map, stopped=True, beside=self._beside)
+        scan = target.scan(self._tree.tgids(target), stopped=True, beside=self._beside)
         part.found(scan.written)
+        part.bounded = scan.bounded
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)
         work.unarmed += count_pages(scan.unarmed)
@@ -378,13 +391,29 @@ class Session:
 
     # ---- after the pause -----------------------------------------------------------------------
 
+    def _look_back(self, work: Work) -> None:
+        """Where the pause's scan was bounded, look whether that was right."""
+        for target in self._tree.targets():
+            part = work.parts[target.space]
+            if part.bounded:
+                with suppress(TargetGone):
+                    tgids = self._tree.tgids(target)
+                    part.late = target.look_back(tgids, part.gone, self._beside)
+            if part.late:
+                work.limits.append(
+                    f"process {target.process.pid}: {part.late} pages changed unnoticed, before "
+                    "the pause or just after it"
+                )
+
     def _drain(self, work: Work) -> None:
-        """Which pages BPF has seen written."""
+        """Which pages BPF has seen written in the generation before the last switch."""
         marked = self._marks.drain()
         for target in self._tree.targets():
+            part = work.parts[target.space]
             sets = [marked[m.tgid] for m in self._tree.of(target) if m.tgid in marked]
-            if sets:
-                work.parts[target.space].marked = np.unique(np.concatenate(sets))
+            pages = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
+            target.marked(pages)
+            part.marked = np.union1d(part.marked, pages)
 
     def _describe(self, image: ImageWriter, work: Work, snapshots: list[Snapshot]) -> None:
         """Everything of the epoch but page contents and statistics."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from crtrace.errors import TargetGone
 from crtrace.image.tables import VmaFlag
+from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import scanner
@@ -14,10 +16,12 @@ from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Armer
+from crtrace.track.armer import Armer, Scan
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
-from crtrace.units import U64, merge, no_pages
+from crtrace.track.dirty import WrittenPages
+from crtrace.track.guide import Guide
+from crtrace.units import PAGE_SIZE, U64, contains, merge, no_pages
 
 
 class Target:
@@ -37,6 +41,9 @@ class Target:
         self.carried = no_pages()
         self.recent = no_pages()
         """What was written for the last epoch, if a direct read may still be under way into it."""
+        self._guide: Guide | None = None
+        self._found: U64 | None = None
+        """What the scan right after a switch of generations has found."""
         self.pins = Pins()
         self.limits: list[str] = []
         """What of it is not seen, and why."""
@@ -51,8 +58,11 @@ class Target:
             self.close()
             raise
 
-    def arm(self) -> None:
-        """Have its writes noticed from now on, in the best way that works; stops it shortly."""
+    def arm(self, marks: WrittenPages) -> None:
+        """Have its writes noticed from now on, in the best way that works; stops it shortly.
+
+        ``marks`` bound its scans.
+        """
         armer = choose(self.process, self.map)
         try:
             with signals_held(), StoppedProcess(self.process) as stopped:
@@ -64,10 +74,16 @@ class Target:
             raise
         self.armer.close()
         self.armer, self.armed = armer, True
+        if not self.compared:
+            space = marks.space_behind(lambda: self.scanner.scan(pagemap.OWN, end=PAGE_SIZE))
+            self._guide = Guide(marks, space) if space else None
 
     def close(self) -> None:
         """Disarm; the process goes on. It may be called twice."""
         self.armer.close()
+        if self._guide:
+            self._guide.close()
+            self._guide = None
         self.reader.close()
         if self._pagemap >= 0:
             os.close(self._pagemap)
@@ -84,6 +100,63 @@ class Target:
         except TargetGone:
             return False
         return same and self.reader.same_program(self._landmark[0])
+
+    # ---- scans ---------------------------------------------------------------------------------
+
+    def guided(self, tgids: list[int]) -> bool:
+        """Whether a scan now would be bounded by what is marked, or as short without."""
+        if not self._guide or not self.armer.boundable():
+            return True
+        return self._guide.holds(self._guide.evidence(tgids, self.map.changes))
+
+    def scan(
+        self,
+        tgids: list[int],
+        *,
+        stopped: bool,
+        turned: bool = False,
+        beside: ThreadPoolExecutor | None = None,
+    ) -> Scan:
+        """See :meth:`crtrace.track.armer.Armer.scan`; bounded where that is exact and shorter.
+
+        ``tgids``: BPF's numbers of who runs in it. ``turned``: marks go to the next generation
+        since just before this scan, and all scans before were in the last one.
+        """
+        guide = self._guide
+        if not guide or not all(tgids):
+            return self.armer.scan(self.map, stopped=stopped, beside=beside)
+        evidence = guide.evidence(tgids, self.map.changes)
+        within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
+        scan = self.armer.scan(self.map, stopped=stopped, within=within, beside=beside)
+        if not scan.bounded:
+            guide.everything_seen(evidence)
+        if stopped:
+            guide.stopped()
+        self._found = scan.written if turned else None
+        return scan
+
+    def marked(self, pages: U64) -> None:
+        """BPF has marked ``pages``, page numbers, before its last switch of generations."""
+        if self._guide and self._found is not None:
+            private = self.map.ranges(lambda vma: not vma.shared)
+            self._guide.marked(pages[contains(private, pages)], self._found)
+            self._found = None
+
+    def doubt(self) -> None:
+        """Something failed: the next scan looks at everything."""
+        if self._guide:
+            self._guide.doubt()
+
+    def look_back(self, tgids: list[int], gone: U64, beside: ThreadPoolExecutor) -> int:
+        """After a pause whose scan was bounded: how many pages have changed unnoticed since the
+        last look at everything. ``gone`` as that scan had it."""
+        guide = self._guide
+        assert guide
+        before = guide.evidence(tgids, self.map.changes)
+        found = guide.unexplained(self.armer.look(self.map, beside), tgids, gone)
+        self.map.refresh()
+        late = guide.judge(found, before, guide.evidence(tgids, self.map.changes))
+        return found if late else 0
 
     @property
     def compared(self) -> bool:

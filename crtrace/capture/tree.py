@@ -80,7 +80,7 @@ class Tree:
         try:
             self.root = Member(process, tgid, Target(process, spaces.of_program(process)))
             self.members.append(self.root)
-            self.root.target.arm()
+            self.root.target.arm(marks)
             self._add_relatives()
         except BaseException:
             marks.remove(tgid)
@@ -111,6 +111,10 @@ class Tree:
     def of(self, target: Target) -> list[Member]:
         """The members in an address space."""
         return [member for member in self.members if member.target is target]
+
+    def tgids(self, target: Target) -> list[int]:
+        """BPF's numbers of the members in an address space."""
+        return [member.tgid for member in self.of(target)]
 
     def counts(self, member: Member) -> Counts:
         """What BPF counted for a member until now."""
@@ -166,7 +170,7 @@ class Tree:
         itself must not be like that without its user's knowing."""
         try:
             if not target.armed:
-                target.arm()
+                target.arm(self._marks)
         except (CrtraceError, OSError) as error:
             if target is self.root.target and target.lives():
                 raise

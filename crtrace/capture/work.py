@@ -36,6 +36,10 @@ class Part:
     gone: U64 = field(default_factory=no_pages)
     marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Written page numbers as BPF saw them."""
+    bounded: bool = False
+    """The scan in the pause looked only where something was marked."""
+    late: int = 0
+    """Pages that turned out afterwards to have changed without that."""
     failed: Failures = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -147,6 +151,8 @@ class Work:
             "pages_scanned": sum(count_pages(part.scanned) for part in self.parts.values()),
             "pages_residual": self.residual,
             "pages_unarmed": self.unarmed,
+            "pages_late": sum(part.late for part in self.parts.values()),
+            "scan_bounded": any(part.bounded for part in self.parts.values()),
             "pages_compared": self.pages_compared,
             "map_changes": self.map_changes,
             "waits_given_back": self.waits_given_back,

@@ -18,6 +18,8 @@ class AddressSpace:
         self._process = process
         self._raw = b""
         self.vmas: list[Vma] = []
+        self.changes = 0
+        """Times that it was found changed."""
 
     def refresh(self) -> bool:
         """Read the map again; whether it differs from before. Raises when there is none."""
@@ -27,6 +29,7 @@ class AddressSpace:
         if raw == self._raw:
             return False
         self._raw, self.vmas = raw, parse_maps(raw)
+        self.changes += 1
         return True
 
     def ranges(self, wanted: Callable[[Vma], bool]) -> U64:

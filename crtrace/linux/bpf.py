@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import mmap
 import os
 import struct
 from contextlib import suppress
@@ -15,11 +16,14 @@ import numpy as np
 import numpy.typing as npt
 
 from crtrace.linux.libc import SYS_BPF, SYS_PERF_EVENT_OPEN, address_of, ioctl, syscall
+from crtrace.units import PAGE_SIZE
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD = range(6)
-_RAW_TRACEPOINT_OPEN, _LOOKUP_AND_DELETE_BATCH = 17, 25
+_RAW_TRACEPOINT_OPEN, _LOOKUP_BATCH, _LOOKUP_AND_DELETE_BATCH = 17, 24, 25
 TRACEPOINT, RAW_TRACEPOINT = 5, 17
 """Types of programs (``enum bpf_prog_type``)."""
+RINGBUF = 27
+"""A type of maps (``enum bpf_map_type``)."""
 _PERF_TYPE_TRACEPOINT, _PERF_FD_CLOEXEC = 2, 8
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
@@ -120,8 +124,8 @@ def _call(command: int, attr: bytes) -> int:
     return syscall(SYS_BPF, command, address_of(attr), len(attr))
 
 
-class Drain:
-    """Takes all elements out of one hash map, through buffers that are made once."""
+class Elements:
+    """Reads all elements of one hash map, through buffers that are made once."""
 
     def __init__(
         self, fd: int, key: npt.DTypeLike, value: npt.DTypeLike, batch: int = 8192
@@ -134,16 +138,23 @@ class Drain:
 
     def take(self) -> tuple[Array, Array]:
         """All keys and values, removed from the map."""
+        return self._all(_LOOKUP_AND_DELETE_BATCH)
+
+    def peek(self) -> tuple[Array, Array]:
+        """All keys and values, left in the map."""
+        return self._all(_LOOKUP_BATCH)
+
+    def _all(self, command: int) -> tuple[Array, Array]:
         keys, values = [self._keys[:0]], [self._values[:0]]
         first, done = True, False
         while not done:
-            count, done = self._one_batch(first)
+            count, done = self._one_batch(command, first)
             keys.append(self._keys[:count].copy())
             values.append(self._values[:count].copy())
             first = False
         return np.concatenate(keys), np.concatenate(values)
 
-    def _one_batch(self, first: bool) -> tuple[int, bool]:
+    def _one_batch(self, command: int, first: bool) -> tuple[int, bool]:
         cursor_in, cursor_out = self._cursor.ctypes.data, self._cursor[1].ctypes.data
         attr = (ctypes.c_uint64 * 7)(
             0 if first else cursor_in, cursor_out, self._keys.ctypes.data,
@@ -151,8 +162,41 @@ class Drain:
         )  # fmt: skip
         done = False
         try:
-            syscall(SYS_BPF, _LOOKUP_AND_DELETE_BATCH, ctypes.addressof(attr), ctypes.sizeof(attr))
+            syscall(SYS_BPF, command, ctypes.addressof(attr), ctypes.sizeof(attr))
         except FileNotFoundError:
             done = True  # the end of the map; what was found before it still counts
         self._cursor[0] = self._cursor[1]
         return int(attr[4] & 0xFFFFFFFF), done
+
+
+class Ring:
+    """Reads a ring buffer whose records are all of one type, without a system call.
+
+    ``size`` is that of its data in bytes, ``record`` the type of a record.
+    """
+
+    _BUSY = np.uint32(1 << 31)
+
+    def __init__(self, fd: int, size: int, record: npt.DTypeLike) -> None:
+        self._entry = np.dtype([("state", "<u4"), ("page", "<u4"), ("record", record)])
+        assert self._entry.itemsize % 8 == 0
+        self._size = size
+        own = mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
+        # The kernel maps the data twice, one behind the other, so that no record is ever split.
+        theirs = mmap.mmap(
+            fd, PAGE_SIZE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=PAGE_SIZE
+        )
+        self._consumer = np.frombuffer(own, dtype=np.uint64, count=1)
+        self._producer = np.frombuffer(theirs, dtype=np.uint64, count=1)
+        self._data = np.frombuffer(theirs, dtype=np.uint8, offset=PAGE_SIZE)
+
+    def take(self) -> Array:
+        """The records that are complete, oldest first, up to one that is still being written."""
+        at, end = int(self._consumer[0]), int(self._producer[0])
+        first = at % self._size
+        entries = self._data[first : first + end - at].view(self._entry)
+        busy = np.flatnonzero(entries["state"] & self._BUSY)
+        ready = entries[: busy[0]] if len(busy) else entries
+        records: Array = ready["record"].copy()
+        self._consumer[0] = at + len(ready) * self._entry.itemsize
+        return records

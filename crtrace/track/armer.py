@@ -29,6 +29,16 @@ class Scan:
     a mapped file. To be trusted only if the target was stopped."""
     unarmed: U64
     """Those among ``written`` that cannot be armed, so they are read every time."""
+    bounded: bool = False
+    """It looked only within the bounds that were given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a look finds that arms nothing, of memory whose scans may be bounded: page ranges."""
+
+    written: U64
+    absent: U64
 
 
 class Armer(Protocol):
@@ -50,14 +60,29 @@ class Armer(Protocol):
         """Set up, with the target stopped. Everything counts as written until the first scan."""
 
     def scan(
-        self, space: AddressSpace, *, stopped: bool, beside: ThreadPoolExecutor | None = None
+        self,
+        space: AddressSpace,
+        *,
+        stopped: bool,
+        within: U64 | None = None,
+        beside: ThreadPoolExecutor | None = None,
     ) -> Scan:
         """The sets as of now. Raises ``TargetGone``.
+
+        ``within``: page ranges outside of which nothing has changed since the last scan that was
+        not bounded, but what bounded scans have found.
 
         ``space`` must have been refreshed if the target is ``stopped``; while it runs, the scan
         refreshes it itself where it has to, and may stop the target for a moment. ``beside`` is a
         thread that may do a part of it.
         """
+
+    def boundable(self) -> bool:
+        """Whether bounds make its scans shorter."""
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """Look at everything and leave it as it is; later scans may be bounded as if this had been
+        one."""
 
     def everything(self) -> U64:
         """All pages that have contents of their own, written or not: page ranges, for a full image.

@@ -13,8 +13,8 @@ from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import EVERYTHING, Scan
-from crtrace.units import U64, intersect, merge, subtract
+from crtrace.track.armer import EVERYTHING, Look, Scan
+from crtrace.units import U64, intersect, merge, no_pages, subtract
 
 
 class CompareArmer:
@@ -33,11 +33,24 @@ class CompareArmer:
         """See :class:`crtrace.track.armer.Armer`."""
 
     def scan(
-        self, space: AddressSpace, *, stopped: bool, beside: ThreadPoolExecutor | None = None
+        self,
+        space: AddressSpace,
+        *,
+        stopped: bool,
+        within: U64 | None = None,
+        beside: ThreadPoolExecutor | None = None,
     ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.ranges(lambda vma: not vma.shared))
         return Scan(own, subtract(EVERYTHING, own), own)
+
+    def boundable(self) -> bool:
+        """See :class:`crtrace.track.armer.Armer`: never."""
+        return False
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """See :class:`crtrace.track.armer.Armer`: there is nothing to find."""
+        return Look(no_pages(), no_pages())
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,11 +13,12 @@ import numpy.typing as npt
 
 from crtrace.errors import TargetGone
 from crtrace.linux import bpf
+from crtrace.linux.bpf import Array
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.loader import Programs
-from crtrace.units import REGION_PAGES, U64, Bools
+from crtrace.track.loader import RING_PAGES, Programs
+from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, merge
 
 KEY = np.dtype([("tgid", "<u4"), ("reserved", "<u4"), ("region", "<u8")])
 BITS = np.dtype([("word", "<u8", (8,))])
@@ -23,13 +27,18 @@ TARGET = np.dtype(
         ("faults", "<u8"),
         ("lost", "<u8"),
         ("map_changes", "<u8"),
+        ("flushes", "<u8"),
         ("threads", "<u4"),
         ("flags", "<u4"),
     ]
 )
-assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 32), "see bpf/track.h"
+assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 40), "see bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
+_LOST_CHILDREN, _UNTOLD, _RECLAIMS = range(3)
+"""Indices of ``totals``, as in bpf/track.h."""
+_OWN_TGID, _OWN_SPACE, _VISITED = range(3)
+"""Indices of ``controller``, as in bpf/track.h."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +49,12 @@ class Counts:
     """Write faults: pages that were written since they were armed, or for the first time."""
     lost: int
     map_changes: int
+    flushes: int = 0
+    """Times that its threads had the TLB flushed, as whoever discards pages does."""
+
+
+Evidence = tuple[int, ...]
+"""Counts that all stay the same while nothing changes memory but what is marked."""
 
 
 class WrittenPages:
@@ -48,8 +63,28 @@ class WrittenPages:
     def __init__(self, programs: Programs) -> None:
         self._maps = programs.maps
         self._resolver = programs.resolver
-        self._drains = [bpf.Drain(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
+        self._written = [bpf.Elements(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
+        self._ring = bpf.Ring(self._maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
         self._generation = 0
+        self._drained = True
+        self._left: list[tuple[Array, Array]] = []
+        """Taken out of a map that nobody had drained."""
+        self._reclaims = self._freed = 0
+        self._heard: list[Array] = []
+        """Keys of the regions that were marked first since the last switch."""
+        self._heard_before: list[Array] = []
+        """The same between the last two switches."""
+        self._introduce_ourselves()
+
+    def _introduce_ourselves(self) -> None:
+        """Tell BPF who we are: what we do with a target's address space changes nothing in it."""
+        self._set(
+            "controller",
+            _OWN_TGID,
+            self._resolve(os.getpid(), os.stat("/proc/self/ns/pid"), _blink),
+        )
+        mmap.mmap(-1, PAGE_SIZE).close()  # takes the lock of our own space
+        self._set("controller", _OWN_SPACE, self._get("controller", _VISITED))
 
     def add(self, process: Process, *, follow: bool = False) -> int:
         """Begin to mark a process's writes, with its children if ``follow``; its number here.
@@ -66,20 +101,35 @@ class WrittenPages:
     def resolve(self, process: Process) -> int:
         """The number of a process in BPF's maps."""
         number = process.status()["NSpid"].split()[-1]
-        space = process.namespace("pid")
-        for index, word in enumerate((space.st_dev, space.st_ino, int(number), 0)):
-            bpf.update(self._maps["question"], _u32(index), np.array([word], dtype=np.uint64))
-        link = bpf.attach_raw_tracepoint(self._resolver, "sched_switch")
-        try:
+
+        def stop() -> None:
             with signals_held(), StoppedProcess(process):
                 pass
+
+        found = self._resolve(int(number), process.namespace("pid"), stop)
+        if not found:
+            raise TargetGone(f"process {process.pid} never ran on a CPU while it was looked for")
+        return found
+
+    def _resolve(self, number: int, space: os.stat_result, leave: Callable[[], None]) -> int:
+        """What a process of a PID namespace is in the initial one; 0 if it does not leave its CPU
+        while ``leave`` runs."""
+        for index, word in enumerate((space.st_dev, space.st_ino, number, 0)):
+            self._set("question", index, word)
+        link = bpf.attach_raw_tracepoint(self._resolver, "sched_switch")
+        try:
+            leave()
         finally:
             os.close(link)
-        answer = np.zeros(1, dtype=np.uint64)
-        bpf.lookup(self._maps["question"], _u32(3), answer)
-        if not answer[0]:
-            raise TargetGone(f"process {process.pid} never ran on a CPU while it was looked for")
-        return int(answer[0])
+        return self._get("question", 3)
+
+    def _set(self, table: str, index: int, word: int) -> None:
+        bpf.update(self._maps[table], _u32(index), _u64(word))
+
+    def _get(self, table: str, index: int) -> int:
+        value = _u64(0)
+        bpf.lookup(self._maps[table], _u32(index), value)
+        return int(value[0])
 
     def remove(self, tgid: int) -> None:
         """Mark it no longer."""
@@ -102,34 +152,95 @@ class WrittenPages:
         value = np.zeros(1, dtype=TARGET)
         bpf.lookup(self._maps["targets"], _u32(tgid), value)
         row = value[0]
-        return Counts(int(row["faults"]), int(row["lost"]), int(row["map_changes"]))
+        return Counts(*(int(row[name]) for name in ("faults", "lost", "map_changes", "flushes")))
 
     def lost_children(self) -> int:
         """Forks that were not followed because the target map was full."""
-        value = np.zeros(1, dtype=np.uint64)
-        bpf.lookup(self._maps["totals"], _u32(0), value)
-        return int(value[0])
+        return self._get("totals", _LOST_CHILDREN)
+
+    # ---- what bounds a scan --------------------------------------------------------------------
+
+    def space_behind(self, look: Callable[[], object]) -> int:
+        """BPF's name of the address space whose lock ``look`` takes; its visits are counted from
+        now on. 0 where that cannot be had."""
+        self._set("controller", _VISITED, 0)
+        look()
+        space = self._get("controller", _VISITED)
+        try:
+            if space:
+                bpf.update(self._maps["visits"], _u64(space), _u64(0))
+        except OSError:  # there are too many
+            return 0
+        return space
+
+    def leave_space(self, space: int) -> None:
+        """Count its visits no longer."""
+        bpf.delete(self._maps["visits"], _u64(space))
+
+    def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
+        """What must stay as it is for the marks of the processes in an address space to tell all
+        that has changed in it."""
+        visits = _u64(0)
+        bpf.lookup(self._maps["visits"], _u64(space), visits)
+        found = [int(visits[0]), self._get("totals", _UNTOLD), self._lazily_freed()]
+        for tgid in sorted(tgids):
+            counts = self.counts(tgid)
+            found += [tgid, counts.flushes, counts.lost]
+        return tuple(found)
+
+    def _lazily_freed(self) -> int:
+        """Pages given up with MADV_FREE that the kernel has taken, of any process: it tells
+        nobody whose."""
+        reclaims = self._get("totals", _RECLAIMS)
+        if reclaims != self._reclaims:
+            self._reclaims = reclaims
+            with open("/proc/vmstat") as file:
+                self._freed = next(int(line.split()[1]) for line in file if "pglazyfreed" in line)
+        return self._freed
+
+    def regions(self, tgids: Iterable[int], *, before: bool = False) -> U64:
+        """Page ranges of the regions marked since the last :meth:`switch`; with ``before``, since
+        the one before that."""
+        self._heard.append(self._ring.take())
+        keys = np.concatenate([*self._heard, *(self._heard_before if before else ())])
+        first = keys["region"][np.isin(keys["tgid"], list(tgids))] * np.uint64(REGION_PAGES)
+        return merge(np.stack((first, first + np.uint64(REGION_PAGES)), axis=1))
 
     def switch(self) -> None:
-        """Send marks to the other map from now on; while all targets are stopped."""
+        """Send marks to the other map from now on."""
+        self._heard_before = [*self._heard, self._ring.take()]
+        self._heard = []
         following = self._generation ^ 1
+        if not self._drained:  # what is in the map already would not be told again
+            self._left.append(self._written[following].take())
         bpf.update(self._maps["generation"], _u32(0), _u32(following))
         self._generation = following
+        self._drained = False
 
     def drain(self) -> dict[int, U64]:
         """Take what the generation before the last :meth:`switch` marked.
 
         Written page numbers, ascending, by process. Targets may run meanwhile.
         """
-        keys, values = self._drains[self._generation ^ 1].take()
-        order = np.lexsort((keys["region"], keys["tgid"]))
-        keys, values = keys[order], values[order]
-        borders = np.flatnonzero(np.diff(keys["tgid"])) + 1
-        groups = np.split(np.arange(len(keys)), borders) if len(keys) else []
-        return {
-            int(keys["tgid"][group[0]]): decode(keys["region"][group], values["word"][group])
-            for group in groups
-        }
+        taken = [*self._left, self._written[self._generation ^ 1].take()]
+        self._left, self._drained = [], True
+        keys, values = (np.concatenate(column) for column in zip(*taken, strict=True))
+        return _by_process(keys, values)
+
+    def marked(self) -> dict[int, U64]:
+        """What has been marked since the last :meth:`switch`, in the same form."""
+        return _by_process(*self._written[self._generation].peek())
+
+
+def _by_process(keys: Array, values: Array) -> dict[int, U64]:
+    order = np.lexsort((keys["region"], keys["tgid"]))
+    keys, values = keys[order], values[order]
+    borders = np.flatnonzero(np.diff(keys["tgid"])) + 1
+    groups = np.split(np.arange(len(keys)), borders) if len(keys) else []
+    return {
+        int(keys["tgid"][group[0]]): decode(keys["region"][group], values["word"][group])
+        for group in groups
+    }
 
 
 def decode(regions: U64, words: U64) -> U64:
@@ -143,3 +254,11 @@ def decode(regions: U64, words: U64) -> U64:
 
 def _u32(value: int) -> npt.NDArray[np.uint32]:
     return np.array([value], dtype=np.uint32)
+
+
+def _u64(value: int) -> U64:
+    return np.array([value], dtype=np.uint64)
+
+
+def _blink() -> None:
+    time.sleep(0.001)

@@ -24,15 +24,24 @@ from crtrace.errors import FeatureMissing
 from crtrace.linux import bpf
 from crtrace.track.bytecode import BpfMap, BpfProgram, Bytecode, cache_key, keep, recall
 from crtrace.track.headers import find_headers
+from crtrace.units import PAGE_SIZE
 
 log = logging.getLogger("crtrace")
 
 REGIONS = 65_536
 """Regions that each generation of the written-page map holds: 128 GiB when densely written."""
 TARGETS = 4_096
+RING_PAGES = 512
+"""4096-byte pages of the ring that tells of newly marked regions: 87,000 of 24 bytes each."""
 
-MAPS = ("written0", "written1", "targets", "generation", "totals", "question")
-RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned")
+MAPS = (
+    "written0", "written1", "targets", "generation", "totals", "question", "controller", "visits",
+    "faulting", "fresh",
+)  # fmt: skip
+RAW_TRACEPOINTS = (
+    "page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned", "mmap_lock_released",
+    "tlb_flush", "mm_vmscan_lru_shrink_inactive",
+)  # fmt: skip
 TRACEPOINTS = (
     ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
 )  # fmt: skip
@@ -182,7 +191,12 @@ def _compile() -> Bytecode:
     folder = bpf_sources()
     program = BPF(
         src_file=str(folder / "track.c"),
-        cflags=[f"-I{folder}", f"-DREGIONS={REGIONS}", f"-DTARGETS={TARGETS}"],
+        cflags=[
+            f"-I{folder}",
+            f"-DREGIONS={REGIONS}",
+            f"-DTARGETS={TARGETS}",
+            f"-DRING_PAGES={RING_PAGES}",
+        ],
     )
     program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
     tables = [program[name] for name in MAPS]
@@ -194,6 +208,8 @@ def _compile() -> Bytecode:
 
 
 def _map(name: str, table: Any) -> BpfMap:
+    if table.ttype == bpf.RINGBUF:
+        return BpfMap(name, table.ttype, 0, 0, RING_PAGES * PAGE_SIZE)
     sizes = len(bytes(table.Key())), len(bytes(table.Leaf()))
     return BpfMap(name, table.ttype, *sizes, table.max_entries)
 

@@ -24,7 +24,7 @@ from crtrace.linux.pagemap import Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import EVERYTHING, Scan
+from crtrace.track.armer import EVERYTHING, Look, Scan
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -39,22 +39,46 @@ from crtrace.units import (
 SMALL_GAP = 64  # pages
 UNPROTECTED = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.GUARD | pagemap.WPALLOWED)
 OWN_PROTECTED = Filter(need=pagemap.WPALLOWED, exclude=pagemap.OWN.exclude)
+LARGE = 65_536
+"""Pages from which on a bounded scan may be worth it: 256 MiB are scanned in 0.2 ms
+(``scripts/bench-pause``)."""
+A_CALL = 2_048
+"""Pages that a scan passes over while another would be begun."""
 FEW = 512
 """Unprotected pages that are not worth a stop of their own."""
 WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
+# Without arming, some kernels report pages of other VMAs as well.
+WRITTEN_PROTECTED = Filter(need=pagemap.WRITTEN | pagemap.WPALLOWED, exclude=WRITTEN.exclude)
 
 
 def _private_file(vma: Vma) -> bool:
     return vma.file_backed and not vma.shared
 
 
-def _coalesced(ranges: U64) -> U64:
-    """Ranges joined over small gaps, so that the parts of a library take one system call."""
+def _anonymous(space: AddressSpace) -> U64:
+    return space.ranges(lambda vma: not vma.shared and not vma.file_backed)
+
+
+def _joined(ranges: U64, gap: int) -> U64:
+    """Ranges joined over gaps of no more pages: a system call less for each."""
     if not len(ranges):
         return ranges
-    far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > SMALL_GAP) + 1
+    far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > gap) + 1
     starts, ends = np.concatenate(([0], far)), np.concatenate((far, [len(ranges)])) - 1
     return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
+
+
+def _scan_within(
+    scanner: KernelScanner, want: Filter, windows: U64 | None, *, arm: bool = False
+) -> tuple[U64, U64]:
+    """What matches in page ranges, or everywhere if they are None."""
+    if windows is None:
+        return scanner.scan(want, arm=arm)
+    found = [(no_pages(), np.empty(0, dtype=np.uint64))]
+    for start, end in windows.tolist():
+        found.append(scanner.scan(want, arm=arm, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT))
+    ranges, categories = zip(*found, strict=True)
+    return np.concatenate(ranges), np.concatenate(categories)
 
 
 def try_on_ourselves() -> None:
@@ -108,6 +132,13 @@ class UserfaultfdArmer:
         self._uncleared: list[Vma] = []
         """Registered, and their marks not yet taken off."""
         self._doubtful = False
+        self._absent = no_pages()
+        """Where page tables had nothing but the zero page, as far as was looked since."""
+        self._moving = no_pages()
+        """Found written while the kernel moved them to other memory, perhaps: they are not armed
+        when they arrive."""
+        self._present = 0
+        """Pages that a scan of everything has to look at, about."""
         self.ldt = b""
         try:
             self._prepare()
@@ -159,35 +190,78 @@ class UserfaultfdArmer:
         return error
 
     def scan(
-        self, space: AddressSpace, *, stopped: bool, beside: ThreadPoolExecutor | None = None
+        self,
+        space: AddressSpace,
+        *,
+        stopped: bool,
+        within: U64 | None = None,
+        beside: ThreadPoolExecutor | None = None,
     ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._adopt(space, fresh, stopped) if len(fresh) else fresh
+        windows = self._windows(space, within)
         if self._uncleared:
             self._clear_marks(space, stopped)
-        if beside:
-            looking = beside.submit(self._not_present_ranges, space)
-            try:
-                written = self._written()
-            finally:
-                wait([looking])
-            absent, markers = looking.result()
-        else:
-            written = self._written()
-            absent, markers = self._not_present_ranges(space)
+        written, absent, markers = self._look_through(space, windows, beside)
         of_files = self._of_files(space)
         mapped = merge(space.ranges(lambda vma: not vma.shared))
         gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
-        found = Scan(merge(subtract(written, of_files), fresh, markers), gone, unarmed)
+        if windows is None and not stopped:
+            self._present = count_pages(subtract(mapped, absent))
+        found = merge(subtract(written, of_files), fresh, markers)
         self._doubtful = False
-        return found
+        return Scan(found, gone, unarmed, windows is not None)
 
-    def _written(self) -> U64:
+    def boundable(self) -> bool:
+        """See :class:`crtrace.track.armer.Armer`."""
+        return self._present >= LARGE
+
+    def _windows(self, space: AddressSpace, within: U64 | None) -> U64 | None:
+        """Where to look, given the bounds; None: everywhere.
+
+        Mapped files are not bounded: who cuts one off takes no lock of its mappers.
+        """
+        if within is None or self._doubtful or self._uncleared or not self.boundable():
+            return None
+        within = merge(intersect(within, _anonymous(space)), self._files(space), self._moving)
+        windows = _joined(within, A_CALL)
+        worth = count_pages(windows) + A_CALL * len(windows) < self._present
+        return windows if worth else None
+
+    def _files(self, space: AddressSpace) -> U64:
+        return merge(space.ranges(_private_file))
+
+    def _look_through(
+        self, space: AddressSpace, windows: U64 | None, beside: ThreadPoolExecutor | None
+    ) -> tuple[U64, U64, U64]:
+        """What was written, now armed again, what is absent, and markers."""
+        if beside:
+            looking = beside.submit(self._not_present_ranges, space, windows)
+            try:
+                written = self._written(windows)
+            finally:
+                wait([looking])
+            return written, *looking.result()
+        return self._written(windows), *self._not_present_ranges(space, windows)
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """See :class:`crtrace.track.armer.Armer`."""
+        looking = beside.submit(self._not_present_ranges, space, None)
+        written, _ = self._scanner.scan(WRITTEN_PROTECTED)
+        absent, _ = looking.result()
+        anonymous = _anonymous(space)
+        written = subtract(merge(written), self._moving)
+        return Look(intersect(written, anonymous), intersect(absent, anonymous))
+
+    def _written(self, windows: U64 | None) -> U64:
         """What was written since it was armed; it is armed again."""
         # What a scan has armed and could not hand over looks as if it had not been written.
         again, self._doubtful = self._doubtful, True
-        written, _ = self._scanner.scan(WRITTEN, arm=True)
+        written, categories = _scan_within(self._scanner, WRITTEN, windows, arm=True)
+        moving = written[(categories & np.uint64(pagemap.SWAPPED)) != 0]
+        left = no_pages() if windows is None else subtract(self._moving, windows)
+        self._moving = merge(left, moving)
         return merge(written, self.everything()) if again else written
 
     def everything(self) -> U64:
@@ -247,20 +321,24 @@ class UserfaultfdArmer:
     def _is_refused(self, vma: Vma) -> bool:
         return vma in self._refused
 
-    def _not_present_ranges(self, space: AddressSpace) -> tuple[U64, U64]:
+    def _not_present_ranges(self, space: AddressSpace, windows: U64 | None) -> tuple[U64, U64]:
         """Where page tables have nothing but the zero page; and pages that only look swapped out.
 
         When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
         page keeps its protection. Such pages are read again, and turn out as what they are.
         """
-        ranges, categories = self._second.scan(pagemap.NOTHING_THERE)
+        ranges, categories = _scan_within(self._second, pagemap.NOTHING_THERE, windows)
         # A guard page looks swapped out too, and reads as nothing.
         swapped = (categories & np.uint64(pagemap.SWAPPED | pagemap.GUARD)) == pagemap.SWAPPED
         armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
         markers = ranges[armed]
         if len(markers):
             markers = intersect(markers, space.ranges(_private_file))
-        return ranges[~swapped], markers
+        absent = merge(ranges[~swapped])
+        if windows is not None:
+            absent = merge(subtract(self._absent, windows), absent)
+        self._absent = absent
+        return absent, markers
 
     def _of_files(self, space: AddressSpace) -> U64:
         """The parts of private file mappings whose contents are those of the file.
@@ -268,14 +346,9 @@ class UserfaultfdArmer:
         To ask of every page whether it is its file's takes ten times as long as the scan itself, so
         only where files are mapped it is asked.
         """
-        files = merge(space.ranges(_private_file))
-        own = [no_pages()]
-        for start, end in _coalesced(files).tolist():
-            ranges, _ = self._scanner.scan(
-                pagemap.OWN, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT
-            )
-            own.append(ranges)
-        return subtract(files, merge(*own))
+        files = self._files(space)
+        own, _ = _scan_within(self._scanner, pagemap.OWN, _joined(files, SMALL_GAP))
+        return subtract(files, merge(own))
 
     def close(self) -> None:
         """Lift every protection by closing the userfaultfd."""

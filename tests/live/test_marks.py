@@ -19,7 +19,13 @@ from crtrace.linux.procfs import Process
 from crtrace.track import bytecode
 from crtrace.track.bytecode import Bytecode, cache_key, keep, recall
 from crtrace.track.dirty import WrittenPages
-from crtrace.track.loader import Loading, Programs, bpf_sources
+from crtrace.track.loader import (
+    RAW_TRACEPOINTS,
+    TRACEPOINTS,
+    Loading,
+    Programs,
+    bpf_sources,
+)
 from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged
@@ -46,7 +52,8 @@ def test_bpf_compiles_without_warnings() -> None:
     command = [sys.executable, "-m", "crtrace.track.loader"]
     done = subprocess.run(command, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert len(Bytecode.unpack(done.stdout).programs) == 7
+    programs = Bytecode.unpack(done.stdout).programs
+    assert len(programs) == len(RAW_TRACEPOINTS) + len(TRACEPOINTS) + 1
     assert (bpf_sources() / "track.c").is_file()
 
 

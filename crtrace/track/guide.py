@@ -1,0 +1,86 @@
+"""Where a scan has to look, so that a pause follows what was written and not the target's size.
+
+BPF marks the writes that are page faults. Everything else that changes private memory takes the
+lock of the address space or flushes the TLB, and is counted: what the kernel writes for somebody,
+what is discarded, mapped or moved, and by whomever. As long as no count has changed since all was
+last looked at, only what is marked can differ.
+
+This is never taken on trust for long: after a pause in which only marked regions were looked at,
+everything is, while the target runs again. What turns up then without a mark and without a count is
+told as late, and that address space is not guided any more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from crtrace.track.armer import Look
+from crtrace.track.dirty import Evidence, WrittenPages
+from crtrace.units import U64, count_pages, intersect, merge, no_pages, subtract, to_ranges
+
+
+class Guide:
+    """Bounds the scans of one address space; ``space`` is BPF's name of it."""
+
+    def __init__(self, marks: WrittenPages, space: int) -> None:
+        self._marks = marks
+        self._space = space
+        self._since: Evidence | None = None
+        """The counts from before everything was last looked at; None: look at everything."""
+        self._in_flight = no_pages()
+        self._blind = False
+
+    def close(self) -> None:
+        """Count no longer."""
+        self._marks.leave_space(self._space)
+
+    def evidence(self, tgids: Collection[int], changes: int) -> Evidence:
+        """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
+        return (changes, *self._marks.evidence(self._space, tgids))
+
+    def holds(self, evidence: Evidence) -> bool:
+        """Whether nothing has happened but what is marked since everything was looked at."""
+        return evidence == self._since and not self._blind
+
+    def bounds(self, tgids: Collection[int], *, turned: bool) -> U64:
+        """Page ranges outside which nothing was written or discarded since the last scan.
+
+        ``turned``: that was before the last switch of generations, and this one follows it.
+        """
+        return merge(self._marks.regions(tgids, before=turned), self._in_flight)
+
+    def everything_seen(self, evidence: Evidence) -> None:
+        """All was looked at, after the counts were as in ``evidence``."""
+        self._since = evidence
+
+    def doubt(self) -> None:
+        """Look at everything next time."""
+        self._since = None
+
+    def marked(self, pages: U64, written: U64) -> None:
+        """A scan after a switch, with the target running, has found ``written``; ``pages`` were
+        marked before. A fault marks its page before it changes it: what was marked and not found
+        may still be to come."""
+        self._in_flight = subtract(to_ranges(pages), written)
+
+    def stopped(self) -> None:
+        """All was scanned while no fault was under way."""
+        self._in_flight = no_pages()
+
+    def unexplained(self, look: Look, tgids: Collection[int], gone: U64) -> int:
+        """Pages that have changed since the pause without a mark; ``look`` was taken after it, and
+        ``gone`` had no contents in it."""
+        marked = self._marks.marked()
+        ours = merge(*(to_ranges(marked[tgid]) for tgid in tgids if tgid in marked))
+        # A fault can bring more than its own page, where there was none.
+        ours = merge(ours, intersect(self._marks.regions(tgids), gone))
+        written = subtract(look.written, ours)
+        return count_pages(written) + count_pages(subtract(look.absent, gone))
+
+    def judge(self, unexplained: int, before: Evidence, after: Evidence) -> bool:
+        """Whether so many pages are late: they have changed although no count has. ``before`` and
+        ``after`` that look at everything."""
+        late = unexplained > 0 and self.holds(after)
+        self._blind |= late
+        self._since = None if unexplained else before
+        return late

@@ -1,0 +1,225 @@
+"""Scans that only look where BPF has marked: exact whatever happens beside them, or told."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crtrace.linux.pagemap import OWN, KernelScanner
+from crtrace.linux.procfs import Process
+from crtrace.track import dirty, loader, userfaultfd
+from crtrace.track.bytecode import BpfMap
+from crtrace.track.dirty import WrittenPages
+from crtrace.track.loader import Loading
+from crtrace.units import PAGE_SIZE, Pid
+from tests.live.conftest import Spawn
+from tests.live.exactness import judged
+from tests.live.harness import Target
+from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
+
+__all__ = ["machine"]
+MOMENTS = {"after the last scan before the pause": "_pause", "after the pause": "_look_back"}
+"""And the step of a session that comes next."""
+COMPACT = Path("/proc/sys/vm/compact_memory")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_targets_too() -> Iterator[None]:
+    """A scan is bounded whenever that is exact, though it may not be shorter."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(userfaultfd, "LARGE", 1)
+        patch.setattr(userfaultfd, "A_CALL", 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def stage(machine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Scenes that tests of one way after another share."""
+    stage = Stage(tmp_path_factory.mktemp("stage") for _ in iter(int, 1))
+    yield stage
+    stage.close()
+
+
+@contextmanager
+def meanwhile(scene: Scene, moment: str, action: Callable[[], object]) -> Iterator[None]:
+    """In each epoch taken inside the block, ``action`` runs at a moment."""
+    session, name = scene.run.session, MOMENTS[moment]
+    step = getattr(session, name)
+
+    def with_action(*args: Any) -> Any:
+        action()
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, name, with_action)
+        yield
+
+
+def test_a_quiet_target_is_scanned_within_bounds(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("layout")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        for page in range(5):
+            target.obey(f"write anon_unwritten {page} 1 5")
+            judge.take()
+    assert [stats["scan_bounded"] for stats in judge.stats] == [True] * 5
+    assert [stats["pages_late"] for stats in judge.stats] == [0] * 5
+
+
+@pytest.mark.parametrize("way", [way for way in WAYS.values() if way != RACING])
+def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
+    lacking = ""
+
+    def act() -> None:
+        nonlocal lacking
+        lacking = it.do(way)
+
+    with stage.lend() as it:
+        for moment in MOMENTS:
+            with meanwhile(it, moment, act):
+                it.take_meanwhile()
+            assert it.run.stats[-1]["pages_late"] == 0
+            if lacking:
+                pytest.skip(f"cannot run here: {lacking}")
+        it.take()
+
+
+def test_what_nobody_could_notice_is_told_afterwards(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("layout")
+    address = target.ask("areas")["anon_written"]["addr"]
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        assert judge.take()
+        assert judge.stats[-1]["scan_bounded"]
+        # As if no count had changed, whatever happens.
+        monkeypatch.setattr(WrittenPages, "evidence", lambda marks, space, tgids: (0,))
+        pause = judge.session._pause
+        judge.session.checkpoint("the counts are the same from here")
+
+        def write_unnoticed(*args: Any) -> Any:
+            _write(target, address)
+            return pause(*args)
+
+        monkeypatch.setattr(judge.session, "_pause", write_unnoticed)
+        _, stats = judge.session.checkpoint("late")
+        assert stats["pages_late"] == 1
+        assert any("1 pages changed unnoticed" in limit for limit in stats["limits"])
+        for _ in range(2):  # that way of scanning is not trusted any more
+            judge.take()
+            assert not judge.stats[-1]["scan_bounded"]
+
+
+def _write(target: Target, address: int) -> None:
+    """Change a page from outside, without a fault of the target's."""
+    with open(f"/proc/{target.pid}/mem", "r+b", buffering=0) as memory:
+        memory.seek(address)
+        (byte,) = memory.read(1)
+        memory.seek(address)
+        memory.write(bytes([byte ^ 0xFF]))
+
+
+@pytest.mark.skipif(not os.access(COMPACT, os.W_OK), reason="the kernel has no compaction")
+def test_pages_that_the_kernel_moves_are_not_taken_for_armed(spawn: Spawn, tmp_path: Path) -> None:
+    ended = threading.Event()
+
+    def compact() -> None:
+        while not ended.is_set():
+            with suppress(OSError):
+                COMPACT.write_text("1")
+
+    target = spawn("bench", "--mib", 64)
+    target.obey("write 20")
+    thread = threading.Thread(target=compact)
+    thread.start()
+    try:
+        with judged(target.pid, tmp_path / "chain") as judge:
+            for _ in range(15):
+                judge.take()
+        assert any(stats["scan_bounded"] for stats in judge.stats)
+        assert not any(stats["pages_late"] for stats in judge.stats)
+    finally:
+        ended.set()
+        thread.join()
+
+
+def test_a_ring_that_is_full_makes_scans_look_everywhere(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Loading._made
+
+    def with_a_small_ring(loading: Loading, each: BpfMap) -> int:
+        one_page = BpfMap(each.name, each.kind, 0, 0, PAGE_SIZE)
+        return made(loading, one_page if each.name == "fresh" else each)
+
+    monkeypatch.setattr(Loading, "_made", with_a_small_ring)
+    monkeypatch.setattr(dirty, "RING_PAGES", 1)
+    assert loader.RING_PAGES > 1
+    target = spawn("bench", "--mib", 400)  # 200 regions; the ring holds 170
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        assert judge.stats[-1]["scan_bounded"]
+        step = judge.session._pause
+
+        def write_much(*args: Any) -> Any:
+            target.obey("random 2000")
+            return step(*args)
+
+        monkeypatch.setattr(judge.session, "_pause", write_much)
+        judge.take()
+        assert not judge.stats[-1]["scan_bounded"]
+
+
+def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
+    with Loading().result() as programs:
+        marks = WrittenPages(programs)
+        first, second = (Process(Pid(spawn("layout").pid)) for _ in range(2))
+        with first, second:
+            spaces = [marks.space_behind(partial(_look, each)) for each in (first, second)]
+            assert len({0, *spaces}) == 3
+            before = [marks.evidence(space, []) for space in spaces]
+            _look(first)  # ours do not count
+            assert [marks.evidence(space, []) for space in spaces] == before
+            os.system(f"cat /proc/{second.pid}/smaps > /dev/null")
+            after = [marks.evidence(space, []) for space in spaces]
+            assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+
+
+def _look(process: Process) -> None:
+    """Take the lock of its address space for a moment."""
+    fd = process.open("pagemap")
+    KernelScanner(fd).scan(OWN, end=PAGE_SIZE)
+    os.close(fd)
+
+
+def test_regions_are_told_once_in_a_generation(spawn: Spawn) -> None:
+    with Loading().result() as programs:
+        marks = WrittenPages(programs)
+        target = spawn("layout")
+        with Process(Pid(target.pid)) as process:
+            tgid = marks.add(process)
+            area = target.ask("areas")["anon_unwritten"]
+            page = np.uint64(area["addr"] // PAGE_SIZE)
+
+            def told(**options: bool) -> bool:
+                ranges = marks.regions([tgid], **options)
+                return bool(((ranges[:, 0] <= page) & (page < ranges[:, 1])).any())
+
+            assert not told()
+            target.obey("write anon_unwritten 0 1 5")
+            assert told()
+            assert told()
+            marks.switch()
+            assert not told()
+            assert told(before=True)
+            assert page in marks.drain()[tgid]
+            marks.switch()
+            assert not told(before=True)

@@ -35,13 +35,17 @@ from tests.live.harness import CFLAGS, ENVIRONMENT, Target, compile_target
 TREE = Path(__file__).resolve().parents[1]
 MIB = 1 << 20
 PAGE = 4096
-RATES = (50, 200)
+RATES = (50, 200, 500)
+"""MB/s that the target writes to random pages during a full dump."""
 TICK_US = 200
 RUN_BYTES = 10 * MIB
 PATIENCE = 600
 """Seconds after which a subprocess that says nothing is given up."""
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 CRIU_OLDEST = (3, 15)
+"""The first to print its statistics."""
+ENOUGH = 100
+"""Samples for a 99th percentile."""
 
 Sample = dict[str, float]
 """What one measurement gave, by the names in ``METRICS``."""
@@ -305,6 +309,8 @@ class Peer:
     version: str = ""
     absent: str = ""
     """Why there are no numbers of it, or empty."""
+    remark: str = ""
+    """What else its numbers depend on, or empty."""
 
     def command(self, pid: str, folder: str) -> list[str]:
         """The command line for a process and a directory."""
@@ -316,6 +322,7 @@ class Peer:
             "present": not self.absent,
             "absent": self.absent or None,
             "version": self.version,
+            "remark": self.remark or None,
             "command": shlex.join(self.command("PID", "DIR")),
         }
 
@@ -338,7 +345,8 @@ def find_criu(given: str | None) -> Peer:
     program = shutil.which(given or "criu", path=path)
     peer = Peer(
         "criu", program,
-        lambda pid, folder: ["dump", "--leave-running", "--tree", pid, "--images-dir", folder],
+        lambda pid, folder: ["dump", "--leave-running", "--display-stats", "--tree", pid,
+                             "--images-dir", folder],
     )  # fmt: skip
     if not program:
         if given:
@@ -349,7 +357,22 @@ def find_criu(given: str | None) -> Peer:
     number = re.search(r"(\d+)\.(\d+)", peer.version)
     if not number or (int(number[1]), int(number[2])) < CRIU_OLDEST:
         peer.absent = f"version {peer.version or 'unknown'} is older than 3.15"
+    tracks = subprocess.run(
+        [program, "check", "--feature", "mem_dirty_track"], capture_output=True, check=False
+    )
+    peer.remark = (
+        "one plain dump, no pre-dump before it"
+        if tracks.returncode == 0
+        else "no pre-dumps: this kernel does not track soft-dirty pages"
+    )
     return peer
+
+
+def criu_times(said: str) -> Sample:
+    """What CRIU's statistics tell of the pause, in ms."""
+    names = {"frozen": "Frozen time", "freezing": "Freezing time"}
+    found = {key: re.search(rf"{name}: (\d+) us", said) for key, name in names.items()}
+    return {key: int(match[1]) / 1000 for key, match in found.items() if match}
 
 
 # --- measurements ---------------------------------------------------------------------------------
@@ -358,10 +381,11 @@ def find_criu(given: str | None) -> Peer:
 class Bench:
     """One run: a target, a directory, and everything that is measured with them."""
 
-    def __init__(self, target: Target, folder: Path, results: Results) -> None:
+    def __init__(self, target: Target, folder: Path, results: Results, dumps: int) -> None:
         self._target = target
         self._folder = folder
         self._results = results
+        self._dumps = dumps
         self._pages = target.info["pages"]
 
     def quiet(self) -> None:
@@ -370,21 +394,19 @@ class Bench:
         time.sleep(1)
         self._results.add("quiet", self._gap())
 
-    def watch(self) -> None:
-        """A full dump and two increments, with a target that writes only when it is told to."""
-        run_pages = min(RUN_BYTES // PAGE, self._pages)
-        with self._watching("full") as watch:
-            self._increment(watch, "random", f"random {self._pages // 100}")
-            self._increment(watch, "run", f"run {run_pages}")
+    def full_dumps(self) -> None:
+        """Full dumps while the target is idle and while it writes at each rate, in turn."""
+        for _ in range(self._dumps):
+            for rate in (0, *RATES):
+                self._full_dump(rate)
 
-    def loaded(self, rate: int) -> None:
-        """A full dump while a thread of the target writes to random pages at a steady rate."""
-        name = f"full_{rate}"
-        self._target.obey(f"write {rate}")
-        with self._watching(name):
-            pass
-        pages, nanoseconds = map(int, self._target.obey("write 0").split())
-        self._results.samples[name][-1]["rate"] = pages * PAGE * 1000 / nanoseconds
+    def increments(self) -> None:
+        """Increments of a target that writes only when it is told to."""
+        run_pages = min(RUN_BYTES // PAGE, self._pages)
+        with self._watching() as (watch, _):
+            for _ in range(self._dumps):
+                self._increment(watch, "random", f"random {self._pages // 100}")
+                self._increment(watch, "run", f"run {run_pages}")
 
     def peer(self, peer: Peer) -> None:
         """Another tool's dump. One that fails is left out from then on."""
@@ -400,6 +422,7 @@ class Bench:
         sample = {"wall": elapsed_ms(began)}
         size = sync(folder)
         sample |= {"wall_synced": elapsed_ms(began), "stored": size / MIB} | self._gap()
+        sample |= criu_times(log.read_text(errors="replace"))
         shutil.rmtree(folder)
         if status or not size:
             said = log.read_text(errors="replace").strip().splitlines()[-3:]
@@ -415,19 +438,28 @@ class Bench:
         watch.request()
         self._results.add(name, watch.checkpoint() | self._gap())
 
+    def _full_dump(self, rate: int) -> None:
+        if rate:
+            self._target.obey(f"write {rate}")
+        with self._watching() as (_, full):
+            pass
+        if rate:
+            pages, nanoseconds = map(int, self._target.obey("write 0").split())
+            full["rate"] = pages * PAGE * 1000 / nanoseconds
+        self._results.add(full_name(rate), full)
+
     @contextmanager
-    def _watching(self, name: str) -> Iterator[Watch]:
-        """A watch whose full dump is done, and is kept under a name when the watch has ended."""
+    def _watching(self) -> Iterator[tuple[Watch, Sample]]:
+        """A watch whose full dump is done, and what that took: all of it once the block is left."""
         chain = self._folder / "chain"
         self._gap()
         with Watch(self._target.pid, chain) as watch:
             full = watch.checkpoint() | self._gap()
             full["startup"] = full["wall"] - full["total"]
-            yield watch
+            yield watch, full
         full |= {"memory": watch.memory_mib, "memory_start": watch.largest_process_mib}
         full |= {f"detach_{key}": value for key, value in self._gap().items()}
         shutil.rmtree(chain)
-        self._results.add(name, full)
 
     def _gap(self) -> Sample:
         """The largest gap between ticks since this was asked before, in ms."""
@@ -445,28 +477,42 @@ def sync(folder: Path) -> int:
     return size
 
 
+def full_name(rate: int) -> str:
+    """The name of full dumps while so many MB/s are written."""
+    return f"full_{rate}" if rate else "full"
+
+
 @dataclass
 class Results:
-    """Samples by the name of what was measured, one a run."""
+    """Samples of each run by the name of what was measured."""
 
-    samples: dict[str, list[Sample]] = field(default_factory=dict)
+    runs: list[dict[str, list[Sample]]] = field(default_factory=list)
+
+    def begin_run(self) -> None:
+        """What is added belongs to the next run."""
+        self.runs.append({})
 
     def add(self, name: str, sample: Sample) -> None:
-        """Keep what a run gave."""
-        self.samples.setdefault(name, []).append(sample)
+        """Keep what a measurement gave."""
+        self.runs[-1].setdefault(name, []).append(sample)
 
     def drop(self, name: str) -> None:
         """Forget what runs gave: it is not comparable."""
-        self.samples.pop(name, None)
+        for run in self.runs:
+            run.pop(name, None)
 
     def values(self, name: str, metric: str) -> list[float]:
-        """A number of every run, in order; empty if it was not measured."""
-        return [sample[metric] for sample in self.samples.get(name, []) if metric in sample]
+        """A number of every sample, in order; empty if it was not measured."""
+        return [value for run in self._by_run(name, metric) for value in run]
 
     def ratios(self, above: tuple[str, str], below: tuple[str, str]) -> list[float]:
-        """The quotient of two numbers in each run."""
-        pairs = zip(self.values(*above), self.values(*below), strict=False)
-        return [a / b for a, b in pairs if b]
+        """The quotient of two numbers in each run, of their medians there."""
+        pairs = zip(self._by_run(*above), self._by_run(*below), strict=True)
+        middles = [(statistics.median(a), statistics.median(b)) for a, b in pairs if a and b]
+        return [a / b for a, b in middles if b]
+
+    def _by_run(self, name: str, metric: str) -> list[list[float]]:
+        return [[each[metric] for each in run.get(name, []) if metric in each] for run in self.runs]
 
 
 def measure(options: argparse.Namespace, folder: Path, peers: list[Peer]) -> Results:
@@ -474,7 +520,8 @@ def measure(options: argparse.Namespace, folder: Path, peers: list[Peer]) -> Res
     results = Results()
     for run in range(options.runs):
         with scratch(folder / f"run{run}") as place, start_target(options) as target:
-            bench = Bench(target, place, results)
+            results.begin_run()
+            bench = Bench(target, place, results, options.dumps)
             steps = list(steps_of(bench, peers))
             for title, step in steps[run % len(steps) :] + steps[: run % len(steps)]:
                 note(f"run {run + 1} of {options.runs}: {title}")
@@ -485,9 +532,8 @@ def measure(options: argparse.Namespace, folder: Path, peers: list[Peer]) -> Res
 def steps_of(bench: Bench, peers: list[Peer]) -> Iterator[tuple[str, Callable[[], None]]]:
     """What a run measures, each with its title."""
     yield "nothing", bench.quiet
-    yield "crtrace, target idle", bench.watch
-    for rate in RATES:
-        yield f"crtrace, target writes {rate} MB/s", partial(bench.loaded, rate)
+    yield "crtrace, full dumps", bench.full_dumps
+    yield "crtrace, increments", bench.increments
     for peer in peers:
         if not peer.absent:
             yield peer.name, partial(bench.peer, peer)
@@ -519,7 +565,7 @@ def titles(pages: int) -> dict[str, str]:
     return {
         "quiet": "nothing: the target alone",
         "full": "crtrace, full dump, target idle",
-        **{f"full_{rate}": f"crtrace, full dump, target writes {rate} MB/s" for rate in RATES},
+        **{full_name(rate): f"crtrace, full dump, target writes {rate} MB/s" for rate in RATES},
         "random": f"crtrace, increment, 1 % of the pages written ({pages // 100}, random)",
         "run": f"crtrace, increment, {run_pages * PAGE / MIB:g} MiB written in a row",
         "gcore": "gcore",
@@ -527,29 +573,55 @@ def titles(pages: int) -> dict[str, str]:
     }
 
 
+PAUSES = {
+    "full": "full dump, target idle",
+    **{full_name(rate): f"full dump, {rate} MB/s written" for rate in RATES},
+    "random": "increment, 1 % of the pages",
+    "run": "increment, pages in a row",
+}
+"""What crtrace pauses the target for, by name."""
+
 RATIOS: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {
     "crtrace full wall / gcore wall": (("full", "wall"), ("gcore", "wall")),
     "crtrace full total_time / gcore wall": (("full", "total"), ("gcore", "wall")),
     "crtrace full wall / gcore wall with fsync": (("full", "wall"), ("gcore", "wall_synced")),
+    "crtrace full total_time / gcore wall with fsync": (
+        ("full", "total"),
+        ("gcore", "wall_synced"),
+    ),
     "gcore gap / crtrace full pause": (("gcore", "gap"), ("full", "frozen")),
     "gcore gap / crtrace full gap": (("gcore", "gap"), ("full", "gap")),
     "the same, both less waiting": (("gcore", "gap_off"), ("full", "gap_off")),
     "gcore gap / crtrace 1 % pause": (("gcore", "gap"), ("random", "frozen")),
     "gcore gap / crtrace 1 % gap": (("gcore", "gap"), ("random", "gap")),
     "crtrace full wall / criu wall": (("full", "wall"), ("criu", "wall")),
+    "crtrace full total_time / criu wall": (("full", "total"), ("criu", "wall")),
+    "crtrace full total_time / criu wall with fsync": (("full", "total"), ("criu", "wall_synced")),
     "crtrace full wall / criu wall with fsync": (("full", "wall"), ("criu", "wall_synced")),
-    "criu gap / crtrace full pause": (("criu", "gap"), ("full", "frozen")),
     "criu gap / crtrace full gap": (("criu", "gap"), ("full", "gap")),
+    "the same of criu, both less waiting": (("criu", "gap_off"), ("full", "gap_off")),
+    **{
+        f"criu frozen_time / pause of {title}": (("criu", "frozen"), (name, "frozen"))
+        for name, title in PAUSES.items()
+    },
     "crtrace full bytes stored / raw": (("full", "stored"), ("full", "raw")),
     "gcore bytes stored / crtrace full bytes stored": (("gcore", "stored"), ("full", "stored")),
 }
 
 
+def percentile_99(values: list[float]) -> float | None:
+    """The 99th percentile, of too few values None."""
+    if len(values) < ENOUGH:
+        return None
+    return statistics.quantiles(values, n=100, method="inclusive")[-1]
+
+
 def summary(values: list[float], unit: str = "") -> dict[str, Any]:
-    """Median, minimum and maximum, and where they come from."""
+    """Median, minimum and maximum, 99th percentile of enough values, and where they come from."""
     return {
         "unit": unit,
         "median": statistics.median(values),
+        "p99": percentile_99(values),
         "min": min(values),
         "max": max(values),
         "values": values,
@@ -591,6 +663,7 @@ def facts_of(options: argparse.Namespace, folder: Path, peers: list[Peer]) -> di
             "environment": ENVIRONMENT,
         },
         "runs": options.runs,
+        "dumps": options.dumps,
         "peers": {peer.name: peer.facts() for peer in peers},
     }
 
@@ -616,8 +689,11 @@ def facts_lines(whole: dict[str, Any]) -> Iterator[str]:
         yield f"{name:<10}{peer['absent'] or peer['version']}"
         if peer["present"]:
             yield f"          {peer['command']}"
+        if peer["present"] and peer["remark"]:
+            yield f"          {peer['remark']}"
     yield f"target    {target['mib']} MiB, {target['contents']}; ticks every {target['tick_us']} µs"
-    yield f"runs      {whole['runs']}, each on a fresh target, beginning with another measurement"
+    yield f"runs      {whole['runs']}, each on a fresh target, beginning with another measurement;"
+    yield f"          {whole['dumps']} full dumps and increments of each kind a run"
     yield ""
     yield "crtrace's wall times end when the image is on disk; a peer's do when it exits, and"
     yield "with fsync when its files are on disk. Full dumps seen from outside include the start of"
@@ -626,27 +702,42 @@ def facts_lines(whole: dict[str, Any]) -> Iterator[str]:
 
 
 def table_lines(whole: dict[str, Any]) -> Iterator[str]:
-    """Medians with minimum and maximum."""
+    """The pauses, then everything."""
+    heads = ("p50", "p99", "min", "max", "n")
     yield ""
-    yield f"{'':<52}{'median':>10}{'min':>10}{'max':>10}"
+    yield f"{'':<58}" + "".join(f"{head:>10}" for head in heads)
+    yield from pause_lines(whole["measured"])
     for measured in whole["measured"].values():
         yield measured["title"]
         for metric, numbers in measured["numbers"].items():
             yield row(METRICS[metric][0], numbers)
     if whole["ratios"]:
-        yield "ratios, taken in each run"
+        yield "ratios, taken in each run of its medians"
         for name, numbers in whole["ratios"].items():
             yield row(name, numbers)
 
 
+def pause_lines(measured: dict[str, Any]) -> Iterator[str]:
+    """For how long each stops the target."""
+    yield "pauses"
+    peers = {"gcore": "gcore, largest gap seen by the target", "criu": "criu, frozen_time"}
+    for name, title in (PAUSES | peers).items():
+        if name in measured:
+            numbers = measured[name]["numbers"]
+            yield row(title, numbers.get("frozen") or numbers["gap"])
+
+
 def row(title: str, numbers: dict[str, Any]) -> str:
     """One line of the table."""
-    figures = "".join(f"{figure(numbers[which]):>10}" for which in ("median", "min", "max"))
-    return f"  {title:<50}{figures}  {numbers['unit']}".rstrip()
+    figures = [numbers[which] for which in ("median", "p99", "min", "max")]
+    columns = [*map(figure, figures), str(len(numbers["values"]))]
+    return f"  {title:<56}{''.join(f'{each:>10}' for each in columns)}  {numbers['unit']}".rstrip()
 
 
-def figure(value: float) -> str:
-    """A number with three digits or more."""
+def figure(value: float | None) -> str:
+    """A number with three digits or more; a dash for none."""
+    if value is None:
+        return "–"
     if value == int(value) and abs(value) < 1e9:
         return str(int(value))
     decimals = 0 if abs(value) >= 1000 else 1 if abs(value) >= 100 else 2 if abs(value) >= 1 else 3
@@ -663,8 +754,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--runs", type=int, metavar="N", help="default 5")
+    parser.add_argument(
+        "--dumps", type=int, metavar="N",
+        help="full dumps and increments of each kind a run, default 20: a p99 takes 100 in all",
+    )  # fmt: skip
     parser.add_argument("--size", type=int, metavar="MIB", help="the target's data, default 1024")
-    parser.add_argument("--quick", action="store_true", help="one run of 128 MiB, unless told")
+    parser.add_argument(
+        "--quick", action="store_true", help="one run of one dump each of 128 MiB, unless told"
+    )
     parser.add_argument(
         "--dir", type=Path, metavar="DIR",
         help="write images below DIR; by default the first of the usual places that is on disk",
@@ -673,10 +770,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.runs is None:
         options.runs = 1 if options.quick else 5
+    if options.dumps is None:
+        options.dumps = 1 if options.quick else 20
     if options.size is None:
         options.size = 128 if options.quick else 1024
-    if options.runs < 1 or options.size < 16:
-        parser.error("at least one run and 16 MiB")
+    if options.runs < 1 or options.dumps < 1 or options.size < 16:
+        parser.error("at least one run, one dump and 16 MiB")
     return options
 
 

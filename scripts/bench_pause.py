@@ -1,4 +1,4 @@
-"""Measure pauses by load and by size, wall times beside what limits them, and what a target pays.
+"""Measure pauses by size, a full dump beside what limits it, and what a target pays.
 
 Everything runs interleaved in one run. For each figure the median, the 99th percentile where there
 are enough samples for one, minimum and maximum.
@@ -9,8 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import pwd
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -20,7 +22,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple
 from unittest import mock
 
 import lz4.block
@@ -29,7 +33,7 @@ import numpy as np
 from crtrace.capture.attach import attached
 from crtrace.capture.session import Session
 from crtrace.linux.addrspace import AddressSpace
-from crtrace.linux.memory import MemoryReader
+from crtrace.linux.libc import process_vm_readv
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
@@ -37,18 +41,34 @@ from crtrace.track import bytecode
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Loading
 from crtrace.track.userfaultfd import UserfaultfdArmer
-from crtrace.units import CHUNK_PAGES, PAGE_SIZE, Pid, count_pages
-from tests.live.harness import Target, redis_server
+from crtrace.units import CHUNK_BYTES, PAGE_SIZE, Bytes, Pid
+from scripts.bench import percentile_99
+from tests.live.harness import Target, maps, redis_server, wait_until
 
 MIB, GIB = 1 << 20, 1 << 30
-RATES = (0, 50, 200, 500)
-"""MB/s that the target writes to random pages meanwhile."""
 DIRTY = 10 * MIB // PAGE_SIZE
 UNPACED = 1 << 30
 """A rate that no processor reaches: the target writes as fast as it can."""
-ENOUGH = 100
-"""Samples for a 99th percentile."""
+LOAD_SECONDS = 4
+POSTGRES_PROGRAMS = ("initdb", "postgres", "pgbench")
+UNPRIVILEGED = "nobody"
+"""Whom a server runs as that refuses root."""
+PGBENCH_SCALE = 10
+PROCESSORS = len(os.sched_getaffinity(0))
 Samples = dict[str, list[float]]
+
+
+class Load(NamedTuple):
+    """What a load got done."""
+
+    rate: float
+    """Operations, or whatever it counts, a second."""
+    p99: float | None = None
+    """The 99th percentile of their latencies in ms, where it knows them."""
+
+
+class Absent(Exception):
+    """Something cannot be measured here, and why."""
 
 
 def add(samples: Samples, name: str, value: float) -> None:
@@ -70,21 +90,6 @@ def watched(target: Target, folder: Path) -> Iterator[Session]:
 # --- pauses ---------------------------------------------------------------------------------------
 
 
-def full_dumps(session: Session, target: Target, samples: Samples, count: int) -> None:
-    """Full dumps while the target writes at each rate."""
-    for _ in range(count):
-        for rate in RATES:
-            target.obey(f"write {rate}")
-            _, stats = session.checkpoint("bench", full=True)
-            pages, nanoseconds = map(int, target.obey("write 0").split()) if rate else (0, 1)
-            name = f"full dump, {rate} MB/s"
-            add(samples, f"{name}: pause, ms", stats["frozen_time"] / 1000)
-            add(samples, f"{name}: wall, ms", stats["total_time"] / 1000)
-            add(samples, f"{name}: converged", stats["precopy_converged"])
-            if rate:
-                add(samples, f"{name}: written, MB/s", pages * PAGE_SIZE * 1000 / nanoseconds)
-
-
 def increments(session: Session, target: Target, samples: Samples, name: str, count: int) -> None:
     """Epochs with 10 MiB of random pages written before each."""
     for _ in range(count):
@@ -98,39 +103,60 @@ def increments(session: Session, target: Target, samples: Samples, name: str, co
 # --- what limits a full dump ----------------------------------------------------------------------
 
 
+def full_dumps(target: Target, folder: Path, samples: Samples, count: int) -> None:
+    """Full dumps, and after each only reading, compressing and writing what is in it."""
+    with watched(target, folder) as session:
+        for _ in range(count):
+            _, stats = session.checkpoint("bench", full=True)
+            add(samples, "full dump: wall, ms", stats["total_time"] / 1000)
+            add(samples, "full dump: stored, MiB", stats["bytes_stored"] / MIB)
+            limits(target, folder, samples)
+
+
+@contextmanager
+def timed(samples: Samples, name: str) -> Iterator[None]:
+    """How long the block takes, in ms."""
+    began = time.perf_counter()
+    yield
+    add(samples, f"{name}, ms", (time.perf_counter() - began) * 1000)
+
+
 def limits(target: Target, folder: Path, samples: Samples) -> None:
-    """Only reading, only compressing, only writing what a full dump of the target is."""
-    with closing(Process(Pid(target.pid))) as process:
-        space = AddressSpace(process)
-        space.refresh()
-        largest = max(space.vmas, key=lambda vma: vma.end - vma.start)
-        pages = np.array([[largest.first_page, largest.end_page]], dtype=np.uint64)
-        parts = [
-            np.array([[at, min(at + CHUNK_PAGES, largest.end_page)]], dtype=np.uint64)
-            for at in range(largest.first_page, largest.end_page, CHUNK_PAGES)
-        ]
-        buffer = np.empty((64, CHUNK_PAGES * PAGE_SIZE), dtype=np.uint8)
-        buffer[:] = 0
-        with closing(MemoryReader(process)) as reader:
-            began = time.perf_counter()
-            for number, part in enumerate(parts):
-                reader.read(part, buffer[number % 64])
-            took = time.perf_counter() - began
-    add(samples, "limit: process_vm_readv, ms", took * 1000)
-    began = time.perf_counter()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        work = (buffer[number % 64] for number in range(len(parts)))
-        sizes = list(pool.map(lambda each: len(lz4.block.compress(each, store_size=False)), work))
-    add(samples, "limit: lz4 on all processors, ms", (time.perf_counter() - began) * 1000)
-    block = os.urandom(MIB)
-    began = time.perf_counter()
-    with open(folder / "plain", "wb", buffering=0) as file:
-        for _ in range(sum(sizes) // MIB):
+    """Plain loops over the target's data, each with all that the one before it gave."""
+    start, size = largest_mapping(target.pid)
+    assert size == target.info["pages"] * PAGE_SIZE
+    data = np.zeros(size, dtype=np.uint8)
+    data[::PAGE_SIZE] = 1  # zeros alone are not there until they are written
+    chunks = np.split(data, range(CHUNK_BYTES, size, CHUNK_BYTES))
+    with timed(samples, "limit: process_vm_readv"):
+        for number, chunk in enumerate(chunks):
+            piece = np.array([[start + number * CHUNK_BYTES, len(chunk)]], dtype=np.uint64)
+            got = process_vm_readv(Pid(target.pid), chunk.ctypes.data, len(chunk), piece)
+            assert got == len(chunk)
+    with ThreadPoolExecutor(PROCESSORS) as pool:
+        # Not kept while time counts: fresh memory for all of it would take as long again.
+        with timed(samples, "limit: lz4 on all processors"):
+            sizes = list(pool.map(lambda chunk: len(compressed(chunk)), chunks))
+        blocks = list(pool.map(compressed, chunks))
+    add(samples, "limit: compressed, MiB", sum(sizes) / MIB)
+    plain = folder / "plain"
+    with timed(samples, "limit: writing and fdatasync"), open(plain, "wb", buffering=0) as file:
+        for block in blocks:
             file.write(block)
         os.fdatasync(file.fileno())
-    add(samples, "limit: writing and fdatasync, ms", (time.perf_counter() - began) * 1000)
-    (folder / "plain").unlink()
-    assert count_pages(pages) == target.info["pages"]
+    plain.unlink()
+
+
+def compressed(chunk: Bytes) -> bytes:
+    """What is stored of a chunk, without crtrace's own code."""
+    block: bytes = lz4.block.compress(chunk, store_size=False)
+    return block
+
+
+def largest_mapping(pid: int) -> tuple[int, int]:
+    """Address and size of the mapping that has the data."""
+    vma = max(maps(pid), key=lambda vma: vma.end - vma.start)
+    return vma.start, vma.end - vma.start
 
 
 # --- what a target pays ---------------------------------------------------------------------------
@@ -159,72 +185,170 @@ def first_writes(target: Target, samples: Samples) -> None:
     add(samples, "first write: marked / not", took["armed, marked by BPF"] / took["armed"])
 
 
-def memory_loop(target: Target, seconds: float) -> float:
-    """MB/s of a thread that writes to random pages as fast as it can."""
+def memory_loop(target: Target) -> Load:
+    """A thread that writes to random pages as fast as it can, in MB/s."""
     target.obey(f"write {UNPACED}")
-    time.sleep(seconds)
+    time.sleep(LOAD_SECONDS)
     pages, nanoseconds = map(int, target.obey("write 0").split())
-    return pages * PAGE_SIZE * 1000 / nanoseconds
+    return Load(pages * PAGE_SIZE * 1000 / nanoseconds)
 
 
-def redis_sets(port: int, seconds: float) -> float:
-    """Requests a second of redis-benchmark, a million keys; and its 99th percentile in ms."""
+def redis_sets(port: int) -> Load:
+    """redis-benchmark, a million keys."""
     command = ["redis-benchmark", "-p", str(port), "-t", "set", "-r", "1000000", "-d", "512",
-               "-n", str(int(60_000 * seconds)), "--csv"]  # fmt: skip
+               "-n", str(60_000 * LOAD_SECONDS), "--csv"]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     line = next(line for line in done.stdout.splitlines() if line.startswith('"SET"'))
     fields = [float(each) for each in re.findall(r'"([\d.]+)"', line)]
-    redis_sets.p99 = fields[5]  # type: ignore[attr-defined]
-    return fields[0]
+    return Load(rate=fields[0], p99=fields[5])
 
 
 @contextmanager
-def every_second(pid: int, folder: Path) -> Iterator[None]:
-    """``crtrace watch`` beside the block, after its first epoch."""
-    with tempfile.TemporaryDirectory(dir=folder) as place:
+def every_second(pid: int, folder: Path, *options: str) -> Iterator[list[dict[str, Any]]]:
+    """``crtrace watch`` beside the block, after its first epoch; afterwards, all that it said."""
+    events: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory(dir=folder) as place, tempfile.TemporaryFile("w+") as said:
         command = [sys.executable, "-P", "-m", "crtrace", "watch", str(pid), "--interval", "1",
-                   "--json", "-o", f"{place}/chain"]  # fmt: skip
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        ) as process:
-            assert process.stdout
-            process.stdout.readline()
-            drain = threading.Thread(target=process.stdout.read)
+                   *options, "--json", "-o", f"{place}/chain"]  # fmt: skip
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True) as process:
+            lines = process.stdout
+            assert lines
+            lines.readline()
+            drain = threading.Thread(target=lambda: events.extend(map(json.loads, lines)))
             drain.start()
             try:
-                yield
+                yield events
             finally:
                 process.terminate()
                 drain.join()
+        if process.returncode:
+            said.seek(0)
+            raise RuntimeError(f"crtrace watch ended with {process.returncode}: {said.read()}")
 
 
 def throughput(
-    name: str, pid: int, work: Callable[[float], float], folder: Path, samples: Samples
+    name: str, pid: int, work: Callable[[], Load], folder: Path, samples: Samples, *options: str
 ) -> None:
-    """A target's rate watched every second, and unwatched."""
-    alone = work(4)
-    with every_second(pid, folder):
-        seen = work(4)
-    add(samples, f"{name}: watched / alone", seen / alone)
+    """A target's rate and latency watched every second, beside those of it alone."""
+    got: dict[bool, Load] = {}
+    turns = len(samples.get(f"{name}: alone, a second", []))
+    for watch in (False, True) if turns % 2 == 0 else (True, False):
+        if not watch:
+            got[watch] = work()
+            continue
+        with every_second(pid, folder, *options) as events:
+            got[watch] = work()
+        for event in events:
+            if event["event"] == "checkpoint":
+                add(samples, f"{name}: pause, ms", event["frozen_time"] / 1000)
+    alone, seen = got[False], got[True]
+    add(samples, f"{name}: alone, a second", alone.rate)
+    add(samples, f"{name}: watched / alone", seen.rate / alone.rate)
+    if alone.p99 and seen.p99:
+        add(samples, f"{name}: p99 latency alone, ms", alone.p99)
+        add(samples, f"{name}: p99 latency, watched / alone", seen.p99 / alone.p99)
 
 
 def redis(folder: Path, samples: Samples) -> None:
-    """The same of Redis, with its latency."""
-    if not shutil.which("redis-benchmark"):
-        print("redis-benchmark is not installed", file=sys.stderr)
-        return
-    latency = []
-
-    def work(seconds: float) -> float:
-        rate = redis_sets(server.port, seconds)
-        latency.append(redis_sets.p99)  # type: ignore[attr-defined]
-        return rate
-
+    """The same of Redis."""
+    for program in ("redis-server", "redis-benchmark"):
+        if not shutil.which(program):
+            raise Absent(f"no {program} on PATH")
     with redis_server(folder) as server:
-        work(4)  # so that most keys are there
-        latency.clear()
+        work = partial(redis_sets, server.port)
+        work()  # so that most keys are there
         throughput("Redis SET", server.pid, work, folder, samples)
-    add(samples, "Redis SET: p99 latency, watched / alone", latency[1] / latency[0])
+
+
+# --- PostgreSQL -----------------------------------------------------------------------------------
+
+
+def unprivileged(command: Sequence[object], log: Path) -> subprocess.Popen[bytes]:
+    """Start a program as a user who may do nothing; what it says goes to a file."""
+    with open(log, "wb") as said:
+        return subprocess.Popen(
+            list(map(str, command)), user=UNPRIVILEGED, group=pwd.getpwnam(UNPRIVILEGED).pw_gid,
+            extra_groups=[], env={**os.environ, "LC_ALL": "C"}, cwd="/",
+            stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+        )  # fmt: skip
+
+
+def run_unprivileged(command: Sequence[object], log: Path) -> str:
+    """Run a program to its end; what it said."""
+    status = unprivileged(command, log).wait()
+    said = log.read_text(errors="replace")
+    if status:
+        last = said.strip().rpartition("\n")[2]
+        raise RuntimeError(f"{command[0]} ended with {status}: {last}")
+    return said
+
+
+def postgres_programs() -> Path:
+    """The directory of a server's programs; Debian has one for each version."""
+    places = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.get_exec_path())]
+    for place in places:
+        if all((place / name).exists() for name in POSTGRES_PROGRAMS):
+            return place
+    raise Absent(f"no {', '.join(POSTGRES_PROGRAMS)} in /usr/lib/postgresql/*/bin or on PATH")
+
+
+@contextmanager
+def postgres_server(programs: Path, place: Path) -> Iterator[int]:
+    """A PostgreSQL server as it is by default, but for being reached by a socket only."""
+    data, log = place / "data", place / "server.log"
+    initdb = [programs / "initdb", "-D", data, "-A", "trust", "-U", UNPRIVILEGED]
+    try:
+        run_unprivileged(initdb, log)
+    except RuntimeError as error:  # such as a directory that is not for everybody to enter
+        raise Absent(str(error)) from error
+    server = unprivileged(
+        [programs / "postgres", "-D", data, "-k", place, "-c", "listen_addresses="], log
+    )
+
+    def ready() -> bool:
+        assert server.poll() is None, log.read_text()
+        return "ready to accept connections" in log.read_text()
+
+    try:
+        wait_until(ready, "PostgreSQL is ready")
+        yield server.pid
+    finally:
+        server.send_signal(signal.SIGINT)  # its fast shutdown
+        server.wait()
+
+
+def pgbench_updates(pgbench: Sequence[object], place: Path) -> Load:
+    """pgbench's simple updates, each a durable transaction, by four clients a processor."""
+    log = place / "transactions"
+    said = run_unprivileged(
+        [*pgbench, "-N", "-n", "-M", "prepared", "-c", 4 * PROCESSORS, "-j", PROCESSORS,
+         "-T", LOAD_SECONDS, "-l", f"--log-prefix={log}", "postgres"],
+        place / "pgbench.log",
+    )  # fmt: skip
+    took: list[int] = []
+    for path in place.glob(f"{log.name}.*"):  # one of each thread
+        took += [int(line.split()[2]) for line in path.read_text().splitlines()]
+        path.unlink()
+    rate = re.search(r"^tps = ([\d.]+)", said, re.MULTILINE)
+    assert rate, said
+    return Load(rate=float(rate[1]), p99=float(np.percentile(took, 99)) / 1000)
+
+
+def postgres(folder: Path, samples: Samples) -> None:
+    """The same of PostgreSQL, with all processes of its server."""
+    programs = postgres_programs()
+    # Not in the folder, where nobody else may go.
+    with tempfile.TemporaryDirectory(prefix="crtrace-bench-", dir=folder.parent) as scratch:
+        place = Path(scratch)
+        shutil.chown(place, UNPRIVILEGED)
+        with postgres_server(programs, place) as pid:
+            pgbench = [programs / "pgbench", "-h", place, "-U", UNPRIVILEGED]
+            run_unprivileged(
+                [*pgbench, "-i", "-q", "-s", PGBENCH_SCALE, "postgres"], place / "pgbench.log"
+            )
+            work = partial(pgbench_updates, pgbench, place)
+            work()  # so that its caches are filled
+            throughput("pgbench -N", pid, work, folder, samples, "--tree")
 
 
 # --- what crtrace takes ---------------------------------------------------------------------------
@@ -289,34 +413,37 @@ def _processor_seconds(pid: int) -> float:
 # --- all of it ------------------------------------------------------------------------------------
 
 
-def measure(options: argparse.Namespace, folder: Path) -> Samples:
-    """Every sample, by name."""
+def measure(options: argparse.Namespace, folder: Path) -> tuple[Samples, dict[str, str]]:
+    """Every sample, by name, and what is absent and why."""
     samples: Samples = {}
+    absent: dict[str, str] = {}
     sizes = {f"{gib} GiB": gib << 10 for gib in (1, options.large) if gib}
     for number in range(options.runs):
         print(f"run {number + 1} of {options.runs}", file=sys.stderr)
         with Target("bench", "--mib", 1024) as target:
-            with watched(target, folder) as session:
-                full_dumps(session, target, samples, options.dumps)
-            limits(target, folder, samples)
+            full_dumps(target, folder, samples, options.dumps)
             first_writes(target, samples)
-            throughput("memory loop", target.pid, lambda s: memory_loop(target, s), folder, samples)
+            throughput("memory loop", target.pid, partial(memory_loop, target), folder, samples)
             starts(target, samples, folder)
-        redis(folder, samples)
+        for name, server in (("Redis", redis), ("PostgreSQL", postgres)):
+            try:
+                server(folder, samples)
+            except Absent as reason:
+                absent[name] = str(reason)
         for name, mib in sizes.items():
             with Target("bench", "--mib", mib) as target:
                 with watched(target, folder) as session:
                     increments(session, target, samples, name, options.epochs)
                 controller(target, folder, samples, name)
-    return samples
+    return samples, absent
 
 
 def ratios(samples: Samples, large: int) -> Samples:
     """What is to be read off, from the medians."""
     middle = {name: statistics.median(values) for name, values in samples.items()}
     found = {}
-    bound = max(value for name, value in middle.items() if name.startswith("limit:"))
-    found["full dump: wall / its slowest limit"] = [middle["full dump, 0 MB/s: wall, ms"] / bound]
+    bound = max(value for name, value in middle.items() if re.match("limit:.*, ms", name))
+    found["full dump: wall / its slowest limit"] = [middle["full dump: wall, ms"] / bound]
     if large:
         for what in ("pause", "wall"):
             small, big = (f"10 MiB of {size} GiB: {what}, ms" for size in (1, large))
@@ -328,7 +455,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="scripts/bench-pause", description=__doc__)
     parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--dumps", type=int, default=15, help="full dumps a run, at each rate")
+    parser.add_argument("--dumps", type=int, default=5, help="full dumps a run, with their limits")
     parser.add_argument("--epochs", type=int, default=15, help="increments a run, of each size")
     parser.add_argument("--large", type=int, default=16, metavar="GIB", help="0: no such target")
     parser.add_argument("--dir", type=Path, help="where the chains go")
@@ -342,17 +469,24 @@ def main() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     options = parse(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="crtrace-bench-", dir=options.dir) as folder:
-        samples = measure(options, Path(folder))
+        samples, absent = measure(options, Path(folder))
     samples |= ratios(samples, options.large)
     if options.json:
         shown = {name: str(value) for name, value in vars(options).items()}
-        print(json.dumps({"schema_version": 1, "options": shown, "samples": samples}))
+        print(
+            json.dumps(
+                {"schema_version": 1, "options": shown, "samples": samples, "absent": absent}
+            )
+        )
         return
     print(f"{'':<58}{'median':>10}{'p99':>10}{'min':>10}{'max':>10}")
     for name, values in samples.items():
-        last = f"{np.percentile(values, 99):10.2f}" if len(values) >= ENOUGH else f"{'–':>10}"
+        tail = percentile_99(values)
+        last = f"{'–':>10}" if tail is None else f"{tail:10.2f}"
         middle = statistics.median(values)
         print(f"{name:<58}{middle:10.2f}{last}{min(values):10.2f}{max(values):10.2f}")
+    for name, reason in absent.items():
+        print(f"{name:<58}absent: {reason}")
 
 
 if __name__ == "__main__":

@@ -161,8 +161,18 @@ RAW_TRACEPOINT_PROBE(mmap_lock_released)
 #define TLB_LOCAL_SHOOTDOWN 2
 #define TLB_REMOTE_SEND_IPI 4
 
-/* Pages can be discarded under the lock of their VMA alone; but the TLB has to be flushed. */
-RAW_TRACEPOINT_PROBE(tlb_flush)
+/* The beginning of what user mode had in its registers, as ptrace has it, too (asm/ptrace.h). */
+struct user_registers {
+	u64 others[15];
+	s64 orig_ax; /* number of the system call; negative after an exception */
+};
+
+/*
+ * Pages can be discarded under the lock of their VMA alone; but the TLB has to be flushed. A page
+ * fault that replaces its page flushes, too, and is marked: the thread did not come by a system
+ * call then. Not loaded where the kernel does not show a task's registers (before Linux 5.15).
+ */
+int flushed(struct bpf_raw_tracepoint_args *ctx)
 {
 	int reason = ctx->args[0];
 
@@ -172,7 +182,12 @@ RAW_TRACEPOINT_PROBE(tlb_flush)
 	u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct target *target = targets.lookup(&tgid);
 
-	if (target)
+	if (!target)
+		return 0;
+
+	struct user_registers *user = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
+
+	if (ctx->args[1] != 1 || user->orig_ax >= 0)
 		__sync_fetch_and_add(&target->flushes, 1);
 	return 0;
 }

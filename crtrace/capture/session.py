@@ -93,7 +93,7 @@ class Session:
             undo.callback(self._tree.close)
             self._pipeline = Pipeline()
             undo.callback(self._pipeline.close)
-            # In a pause the targets' processors are free: what can be done at the same time is.
+            # Two halves of a scan take half the time where a processor is free: in a pause one is.
             self._beside = ThreadPoolExecutor(1, "beside")
             undo.callback(self._beside.shutdown)
             self._beside.submit(int)  # so that the thread is there before the first pause
@@ -243,8 +243,12 @@ class Session:
         part = work.parts[target.space]
         if target.fresh and not part.rounds:
             self._inherit(image, target)
-        first = work.rounds == 0
-        scan = target.scan(self._tree.tgids(target), stopped=False, turned=first)
+        scan = target.scan(
+            self._tree.tgids(target),
+            stopped=False,
+            turned=work.rounds == 0,
+            beside=self._beside,
+        )
         part.found(scan.written)
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, part.retry()), scan.unarmed)

@@ -115,7 +115,7 @@ class Target:
         *,
         stopped: bool,
         turned: bool = False,
-        beside: ThreadPoolExecutor | None = None,
+        beside: ThreadPoolExecutor,
     ) -> Scan:
         """See :meth:`crtrace.track.armer.Armer.scan`; bounded where that is exact and shorter.
 
@@ -123,7 +123,8 @@ class Target:
         since just before this scan, and all scans before were in the last one.
         """
         guide = self._guide
-        if not guide or not all(tgids):
+        if not guide or not self.armer.boundable() or not all(tgids):
+            self.doubt()
             return self.armer.scan(self.map, stopped=stopped, beside=beside)
         evidence = guide.evidence(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None

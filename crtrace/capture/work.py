@@ -152,7 +152,7 @@ class Work:
             "pages_residual": self.residual,
             "pages_unarmed": self.unarmed,
             "pages_late": sum(part.late for part in self.parts.values()),
-            "scan_bounded": any(part.bounded for part in self.parts.values()),
+            "scans_bounded": sum(part.bounded for part in self.parts.values()),
             "pages_compared": self.pages_compared,
             "map_changes": self.map_changes,
             "waits_given_back": self.waits_given_back,

@@ -63,6 +63,7 @@ class WrittenPages:
     def __init__(self, programs: Programs) -> None:
         self._maps = programs.maps
         self._resolver = programs.resolver
+        self._guides = programs.guides
         self._written = [bpf.Elements(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
         self._ring = bpf.Ring(self._maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
         self._generation = 0
@@ -162,7 +163,9 @@ class WrittenPages:
 
     def space_behind(self, look: Callable[[], object]) -> int:
         """BPF's name of the address space whose lock ``look`` takes; its visits are counted from
-        now on. 0 where that cannot be had."""
+        now on. 0 where that cannot be had, or marks are not enough to bound scans."""
+        if not self._guides:
+            return 0
         self._set("controller", _VISITED, 0)
         look()
         space = self._get("controller", _VISITED)
@@ -203,7 +206,8 @@ class WrittenPages:
         the one before that."""
         self._heard.append(self._ring.take())
         keys = np.concatenate([*self._heard, *(self._heard_before if before else ())])
-        first = keys["region"][np.isin(keys["tgid"], list(tgids))] * np.uint64(REGION_PAGES)
+        ours = np.logical_or.reduce([keys["tgid"] == tgid for tgid in tgids])
+        first = keys["region"][ours] * np.uint64(REGION_PAGES)
         return merge(np.stack((first, first + np.uint64(REGION_PAGES)), axis=1))
 
     def switch(self) -> None:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -40,24 +40,27 @@ MAPS = (
 )  # fmt: skip
 RAW_TRACEPOINTS = (
     "page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned", "mmap_lock_released",
-    "tlb_flush", "mm_vmscan_lru_shrink_inactive",
+    "mm_vmscan_lru_shrink_inactive",
 )  # fmt: skip
 TRACEPOINTS = (
     ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
 )  # fmt: skip
 RESOLVER = "resolve"
+FLUSHED = ("flushed", "tlb_flush")
+"""A program, and its raw tracepoint: scans are bounded only where it can be loaded."""
 
 
 @dataclass(slots=True)
 class Programs:
     """Descriptors of the loaded maps by name; attachments live until :meth:`close`.
 
-    ``origin`` says where the code came from.
+    ``origin`` says where the code came from; ``guides``: whether marks can bound scans.
     """
 
     maps: dict[str, int]
     resolver: int
     attachments: list[int]
+    guides: bool
     seconds: float
     origin: str
 
@@ -136,12 +139,17 @@ class Loading:
             for category, name in TRACEPOINTS:
                 program = loaded[f"tracepoint__{category}__{name}"]
                 attachments.append(held(bpf.attach_tracepoint(program, category, name)))
+            program_name, tracepoint = FLUSHED
+            guides = program_name in loaded
+            if guides:
+                link = bpf.attach_raw_tracepoint(loaded[program_name], tracepoint)
+                attachments.append(held(link))
             undo.pop_all()
         resolver = loaded.pop(RESOLVER)
         for fd in loaded.values():
             os.close(fd)  # what is attached stays
         maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
-        return Programs(maps, resolver, attachments, time.monotonic() - self._began, origin)
+        return Programs(maps, resolver, attachments, guides, time.monotonic() - self._began, origin)
 
     def _made(self, each: BpfMap) -> int:
         entries = self._regions if each.name.startswith("written") else each.entries
@@ -199,6 +207,8 @@ def _compile() -> Bytecode:
         ],
     )
     program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
+    with suppress(Exception):  # BCC raises nothing finer
+        program.load_func(FLUSHED[0], BPF.RAW_TRACEPOINT)
     tables = [program[name] for name in MAPS]
     return Bytecode(
         headers.source,
@@ -220,6 +230,7 @@ def _programs(program: Any, fds: list[int]) -> list[BpfProgram]:
         *(f"tracepoint__{category}__{each}" for category, each in TRACEPOINTS),
         *(f"raw_tracepoint__{each}" for each in RAW_TRACEPOINTS),
         RESOLVER,
+        *(FLUSHED[:1] if FLUSHED[0].encode() in program.funcs else ()),
     ):
         kind = bpf.TRACEPOINT if name.startswith("tracepoint") else bpf.RAW_TRACEPOINT
         found.append(BpfProgram.of(name, kind, program.dump_func(name.encode()), fds))

@@ -137,6 +137,8 @@ class UserfaultfdArmer:
         self._moving = no_pages()
         """Found written while the kernel moved them to other memory, perhaps: they are not armed
         when they arrive."""
+        self._swapped = no_pages()
+        """Swapped out when last looked at."""
         self._present = 0
         """Pages that a scan of everything has to look at, about."""
         self.ldt = b""
@@ -220,11 +222,13 @@ class UserfaultfdArmer:
     def _windows(self, space: AddressSpace, within: U64 | None) -> U64 | None:
         """Where to look, given the bounds; None: everywhere.
 
-        Mapped files are not bounded: who cuts one off takes no lock of its mappers.
+        Mapped files are not bounded: who cuts one off takes no lock of its mappers. Nor is what was
+        not in memory: that can be discarded without flushing the TLB.
         """
         if within is None or self._doubtful or self._uncleared or not self.boundable():
             return None
-        within = merge(intersect(within, _anonymous(space)), self._files(space), self._moving)
+        away = merge(self._moving, self._swapped)
+        within = merge(intersect(within, _anonymous(space)), self._files(space), away)
         windows = _joined(within, A_CALL)
         worth = count_pages(windows) + A_CALL * len(windows) < self._present
         return windows if worth else None
@@ -236,7 +240,7 @@ class UserfaultfdArmer:
         self, space: AddressSpace, windows: U64 | None, beside: ThreadPoolExecutor | None
     ) -> tuple[U64, U64, U64]:
         """What was written, now armed again, what is absent, and markers."""
-        if beside:
+        if beside and windows is None:
             looking = beside.submit(self._not_present_ranges, space, windows)
             try:
                 written = self._written(windows)
@@ -248,7 +252,10 @@ class UserfaultfdArmer:
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""
         looking = beside.submit(self._not_present_ranges, space, None)
-        written, _ = self._scanner.scan(WRITTEN_PROTECTED)
+        try:
+            written, _ = self._scanner.scan(WRITTEN_PROTECTED)
+        finally:
+            wait([looking])
         absent, _ = looking.result()
         anonymous = _anonymous(space)
         written = subtract(merge(written), self._moving)
@@ -334,10 +341,11 @@ class UserfaultfdArmer:
         markers = ranges[armed]
         if len(markers):
             markers = intersect(markers, space.ranges(_private_file))
-        absent = merge(ranges[~swapped])
+        out, absent = merge(ranges[swapped]), merge(ranges[~swapped])
         if windows is not None:
+            out = merge(subtract(self._swapped, windows), out)
             absent = merge(subtract(self._absent, windows), absent)
-        self._absent = absent
+        self._swapped, self._absent = out, absent
         return absent, markers
 
     def _of_files(self, space: AddressSpace) -> U64:

@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from xxhash import xxh3_128_digest
 
@@ -28,6 +29,11 @@ from crtrace.image.framing import (
 from crtrace.image.spool import Spool
 
 SLICE = 1 << 20
+RESERVE = 64 << 20
+"""Space is asked for so many bytes at a time: to find it block by block, as they are written, takes
+half of the processor time of writing them."""
+SMALL = 8 << 20
+"""Files up to this size do without."""
 
 
 class RecordFile:
@@ -44,6 +50,7 @@ class RecordFile:
         self._lock = threading.Condition()
         self._active = 0
         self._end = 0
+        self._reserved = SMALL
         self._rows = bytearray()
         """Those of the directory: as Python objects they would take six times as much."""
         self._failure: CrtraceError | None = None
@@ -66,6 +73,8 @@ class RecordFile:
                 )
             if self._failure:
                 raise self._failure
+            if self._end + size > self._reserved:
+                self._reserve(self._end + size + RESERVE)
             offset, number = self._end, self._count + 1
             self._rows += bytes(ROW.size)
             self._end += size
@@ -85,6 +94,16 @@ class RecordFile:
                 self._active -= 1
                 self._lock.notify_all()
         return number, size
+
+    def _reserve(self, end: int) -> None:
+        """Ask for space up to there; where there is none, writing what needs it will fail.
+
+        Nobody may have an offset in there yet: where the file system cannot reserve, libc writes.
+        """
+        start, self._reserved = self._reserved, end
+        with suppress(OSError, MemoryError):
+            point("posix_fallocate")
+            os.posix_fallocate(self._fd, start, end - start)
 
     def _place(self, header: RecordHeader, parts: Sequence[Part] | Spool, offset: int) -> None:
         header = header.sealed(parts)
@@ -152,6 +171,10 @@ class RecordFile:
         length = self._end + TAIL_SIZE
         tail = Tail(offset, len(rows), length, image_hash)
         self.append(RecordType.TAIL, [tail.pack()])
+        if self._reserved > SMALL:
+            with explained("writing", self._directory.path / self._name):
+                point("ftruncate")
+                os.ftruncate(self._fd, length)
         return image_hash, length
 
     def publish(self) -> None:

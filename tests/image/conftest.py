@@ -7,6 +7,8 @@ from collections.abc import Iterator
 
 import pytest
 
+from crtrace.image import recordfile
+
 
 @pytest.fixture(scope="module")
 def unsynced() -> Iterator[None]:
@@ -21,4 +23,13 @@ def unsynced() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", fsync)
         patch.setattr(os, "fdatasync", fdatasync)
+        yield
+
+
+@pytest.fixture(scope="module")
+def reserving() -> Iterator[None]:
+    """Space is reserved for images of all sizes, over and over."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recordfile, "SMALL", 600)
+        patch.setattr(recordfile, "RESERVE", 1000)
         yield

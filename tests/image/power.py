@@ -211,6 +211,10 @@ class Disk:
         real(fd, size)
         self._note(self._fds[fd], Size(self._fds[fd], size))
 
+    def _posix_fallocate(self, real: Callable[..., None], fd: int, start: int, length: int) -> None:
+        real(fd, start, length)
+        self._note(self._fds[fd], Size(self._fds[fd], os.fstat(fd).st_size))
+
     def _fsync(self, real: Callable[..., None], fd: int) -> None:
         """Nothing is really synced: the cuts are made here, and it would take long."""
         what = self._fds[fd]
@@ -275,7 +279,7 @@ class Disk:
 
 CALLS = (
     "open", "close", "mkdir", "rename", "unlink", "pwrite", "pwritev", "ftruncate", "fsync",
-    "fdatasync",
+    "fdatasync", "posix_fallocate",
 )  # fmt: skip
 
 

@@ -27,7 +27,7 @@ from tests.image.power import (
     torn,
 )  # fmt: skip
 
-pytestmark = pytest.mark.usefixtures("unsynced")
+pytestmark = pytest.mark.usefixtures("unsynced", "reserving")
 
 
 class Life:

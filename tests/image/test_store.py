@@ -20,7 +20,7 @@ import pytest
 
 from crtrace.analyze.verify import verify
 from crtrace.errors import CrtraceError, ImageDamaged, UsageError
-from crtrace.image import summary
+from crtrace.image import recordfile, summary
 from crtrace.image.losses import Unreadable
 from crtrace.image.pagetable import PageTable
 from crtrace.image.places import PageKind
@@ -288,6 +288,31 @@ def test_writes_may_be_short(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         monkeypatch.setattr(os, "pwritev", lambda *_: 0)
         with pytest.raises(CrtraceError, match="no space left"):
             epoch(writer, {9: page(9)})
+    assert read_all(path) == [pages]
+
+
+def test_no_more_space_is_kept_than_the_image_takes(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved = []
+    real = os.posix_fallocate
+
+    def noted(fd: int, start: int, length: int) -> None:
+        reserved.append((start, start + length))
+        real(fd, start, length)
+
+    monkeypatch.setattr(recordfile, "SMALL", 1 << 16)
+    monkeypatch.setattr(recordfile, "RESERVE", 1 << 22)
+    monkeypatch.setattr(os, "posix_fallocate", noted)
+    pages = {at: noise(at) for at in range(100)}
+    with ChainWriter.open(path, create=True) as writer:
+        epoch(writer, pages)
+        length = writer.entries[0].length
+    assert reserved[0][0] == 1 << 16 < length < reserved[0][1]
+    assert len(reserved) == 1
+    found = (path / "00000000.img").stat()
+    assert found.st_size == length
+    assert found.st_blocks * 512 < length + (1 << 16)
     assert read_all(path) == [pages]
 
 

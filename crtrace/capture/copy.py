@@ -1,14 +1,15 @@
-"""Cut page ranges into chunks, read each into a buffer, hand it on."""
+"""Cut page ranges into chunks, and have each read into a buffer."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
-from crtrace.capture.pipeline import Job, Pipeline
-from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bytes, expand
+from crtrace.capture.pipeline import Fill, Job, Pipeline
+from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bytes, count_pages, expand
 
 Failures = list[tuple[int, int]]
 
@@ -43,26 +44,26 @@ def copy_pages(
     pipeline: Pipeline,
     progress: Callable[[int], None] = lambda pages: None,
 ) -> Copied:
-    """Have ``read`` fill buffers with the pages of ``ranges``, and submit them as ``round``.
+    """Have ``read`` fill buffers with the pages of ``ranges``, and ``pipeline`` write them.
 
     ``read(part, buffer)`` returns (position of the page in ``buffer``, errno) of what it could not
-    read. Raises what it raises, or what a worker met.
+    read; several threads may call it at the same time. Raises what it raises, or what a worker met.
     """
-    copied = Copied()
-    for part in chunks(ranges):
-        buffer = pipeline.buffer()
-        try:
-            failures = read(part, buffer)
-        except BaseException:
-            pipeline.give_back(buffer)
-            raise
-        pages = expand(part)
+    unreadable: Failures = []
+
+    def fill(part: U64, buffer: Bytes) -> Job:
+        failures, pages = read(part, buffer), expand(part)
         good = _without(pages, buffer, failures) if failures else pages
-        copied.unreadable += [(int(pages[at]), errno) for at, errno in failures]
-        copied.pages += len(good)
-        pipeline.submit(Job(space, good, buffer, round))
-        progress(len(pages))
-    return copied
+        unreadable.extend((int(pages[at]), errno) for at, errno in failures)
+        return Job(space, good, buffer, round)
+
+    def fills() -> Iterator[Fill]:
+        for part in chunks(ranges):
+            yield partial(fill, part)
+            progress(count_pages(part))
+
+    pipeline.copy(fills())
+    return Copied(count_pages(ranges) - len(unreadable), unreadable)
 
 
 def _without(pages: U64, buffer: Bytes, failures: Failures) -> U64:

@@ -1,4 +1,7 @@
-"""Buffers that travel from the reader to the threads that hash, compress and write them.
+"""Threads that read pages, hash, compress and write them; and buffers that are filled in a pause.
+
+While the target runs, each worker does all of it, chunk by chunk: nobody waits for anybody, and
+what it has just read is in its processor's cache. In a pause pages are only read, into the buffers.
 
 All buffers exist, touched and locked, before the first page is read, and there are no others: that
 bounds the memory of the controller whatever the size of the target.
@@ -9,9 +12,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -33,8 +37,12 @@ class Job:
     round: int
 
 
+Fill = Callable[[Bytes], Job]
+"""Reads pages into the buffer that it is given."""
+
+
 class Pipeline:
-    """A pool of chunk buffers and the worker threads that empty them into one image at a time.
+    """A pool of chunk buffers and the worker threads that bring pages into one image at a time.
 
     Any call may be cut short by an exception from a signal handler; nothing is lost but the page
     contents then in hand, and the pipeline can be used again.
@@ -45,9 +53,10 @@ class Pipeline:
         lock_and_touch(self._arena.reshape(-1))
         self._changed = threading.Condition()
         self._free = deque(self._arena)
+        self._fills: Iterator[Fill] | None = None
         self._jobs: deque[Job] = deque()
         self._running = 0
-        self._holding = self._overflowed = self._closing = False
+        self._collecting = self._holding = self._closing = False
         self._image: ImageWriter | None = None
         self._error: BaseException | None = None
         self._threads = [
@@ -74,32 +83,28 @@ class Pipeline:
         finally:
             with self._changed:
                 self._jobs.clear()  # after a success there are none
-                self._image, self._holding = None, False
+                self._image = self._fills = None
+                self._collecting = self._holding = False
                 self._changed.wait_for(lambda: not self._running)
                 self._free = deque(self._arena)
 
-    def buffer(self) -> Bytes:
-        """A free buffer of ``CHUNK_BYTES``; waits for one. Raises what a worker met."""
-        with self._changed:
-            if self._holding and not self._free:
-                self._holding, self._overflowed = False, True
-                self._changed.notify_all()
-            self._changed.wait_for(lambda: self._free or self._error)
-            if self._error:
-                raise self._error
-            return self._free.popleft()
+    def copy(self, fills: Iterator[Fill]) -> None:
+        """Do each of ``fills`` once. Raises what one of them does, or what a worker met.
 
-    def give_back(self, buffer: Bytes) -> None:
-        """Return a buffer unused."""
+        Between :meth:`hold` and :meth:`release` it is done here and now, and writing is left for
+        later; otherwise by the workers, and when this returns all is written.
+        """
+        if self._collecting:
+            for fill in fills:
+                self._collect(fill)
+            return
         with self._changed:
-            self._free.append(buffer)
-
-    def submit(self, job: Job) -> None:
-        """Have the job written, and its buffer come back."""
-        with self._changed:
-            self._jobs.append(job)
-            if not self._holding:
-                self._changed.notify_all()
+            self._fills = fills
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not (self._fills or self._jobs or self._running))
+            error, self._error = self._error, None
+            if error:
+                raise error
 
     def hold(self) -> None:
         """Wait until all workers are idle and keep them so: from here on jobs are only collected.
@@ -108,47 +113,101 @@ class Pipeline:
         """
         self.wait_idle()
         with self._changed:
-            self._holding, self._overflowed = True, False
+            self._collecting = self._holding = True
 
     def release(self) -> bool:
         """Let the workers have what was collected; whether they had to be woken before."""
         with self._changed:
-            self._holding = False
+            overflowed = self._collecting and not self._holding
+            self._collecting = self._holding = False
             self._changed.notify_all()
-            return self._overflowed
+            return overflowed
 
     def wait_idle(self) -> None:
-        """Wait until all that was submitted is written. Raises what a worker met."""
+        """Wait until all that was collected is written. Raises what a worker met."""
         with self._changed:
             self._changed.wait_for(lambda: self._error or not (self._jobs or self._running))
             if self._error:
                 raise self._error
 
-    def _work(self) -> None:
-        while job := self._next():
-            error = self._write(job)
-            with self._changed:
-                self._error = self._error or error
-                self._running -= 1
-                if self._image:
-                    self._free.append(job.buffer)
+    def _collect(self, fill: Fill) -> None:
+        buffer = self._buffer()
+        try:
+            job = fill(buffer)
+        except BaseException:
+            self._give_back(buffer)
+            raise
+        with self._changed:
+            self._jobs.append(job)
+            if not self._holding:
                 self._changed.notify_all()
 
-    def _next(self) -> Job | None:
+    def _buffer(self) -> Bytes:
+        """A free buffer of ``CHUNK_BYTES``; waits for one. Raises what a worker met."""
         with self._changed:
-            self._changed.wait_for(lambda: self._closing or (self._jobs and not self._holding))
+            if self._holding and not self._free:
+                self._holding = False
+                self._changed.notify_all()
+            self._changed.wait_for(lambda: self._free or self._error)
+            if self._error:
+                raise self._error
+            return self._free.popleft()
+
+    def _give_back(self, buffer: Bytes) -> None:
+        with self._changed:
+            self._free.append(buffer)
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        while task := self._next():
+            error = None
+            try:
+                task()
+            except BaseException as caught:  # it is raised where somebody waits for the workers
+                error = caught
+            with self._changed:
+                self._error = self._error or error
+                if error:
+                    self._fills = None
+                self._running -= 1
+                self._changed.notify_all()
+
+    def _next(self) -> Callable[[], None] | None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closing or self._fills or (self._jobs and not self._holding)
+            )
             if self._closing:
                 return None
             self._running += 1
-            return self._jobs.popleft()
+            return partial(self._empty, self._jobs.popleft()) if self._jobs else self._copy_all
 
-    def _write(self, job: Job) -> BaseException | None:
+    def _empty(self, job: Job) -> None:
+        """Write a job that was collected."""
+        try:
+            self._write(job)
+        finally:
+            self._give_back(job.buffer)
+
+    def _copy_all(self) -> None:
+        """Do ``fills`` together with the other workers, until none is left."""
+        buffer = self._buffer()
+        try:
+            while fill := self._next_fill():
+                self._write(fill(buffer))
+        finally:
+            self._give_back(buffer)
+
+    def _next_fill(self) -> Fill | None:
+        with self._changed:
+            fill = next(self._fills, None) if self._fills else None
+            if fill is None:
+                self._fills = None
+            return fill
+
+    def _write(self, job: Job) -> None:
         image = self._image
         if image is None or self._error:
-            return None
+            return
         data = job.buffer[: len(job.pages) * PAGE_SIZE].reshape(-1, PAGE_SIZE)
-        try:
-            image.write_pages(job.space, job.pages, data, round=job.round)
-        except BaseException as error:  # it is raised where the reader next asks
-            return error
-        return None
+        image.write_pages(job.space, job.pages, data, round=job.round)

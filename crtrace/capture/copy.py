@@ -28,8 +28,8 @@ def chunks(ranges: U64) -> Iterator[U64]:
     starts = ends - (ranges[:, 1] - ranges[:, 0])
     for at in range(0, int(ends[-1]) if len(ends) else 0, CHUNK_PAGES):
         to = min(at + CHUNK_PAGES, int(ends[-1]))
-        first = int(np.searchsorted(ends, at, side="right"))
-        last = int(np.searchsorted(starts, to, side="left"))
+        first = int(np.searchsorted(ends, np.uint64(at), side="right"))
+        last = int(np.searchsorted(starts, np.uint64(to), side="left"))
         part = ranges[first:last].copy()
         part[0, 0] += np.uint64(at) - starts[first]
         part[-1, 1] -= ends[last - 1] - np.uint64(to)

@@ -35,6 +35,7 @@ from crtrace.units import (
     U64,
     Pid,
     count_pages,
+    distinct,
     expand,
     intersect,
     merge,
@@ -415,9 +416,9 @@ class Session:
         for target in self._tree.targets():
             part = work.parts[target.space]
             sets = [marked[m.tgid] for m in self._tree.of(target) if m.tgid in marked]
-            pages = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
+            pages = distinct(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
             target.marked(pages)
-            part.marked = np.union1d(part.marked, pages)
+            part.marked = distinct(np.concatenate([part.marked, pages]))
 
     def _describe(self, image: ImageWriter, work: Work, snapshots: list[Snapshot]) -> None:
         """Everything of the epoch but page contents and statistics."""

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import numpy as np
 
-from crtrace.units import REGION_PAGES, U64, Bools
+from crtrace.units import REGION_PAGES, U64, Bools, distinct
 
 SLAB_REGIONS = 256
 """Regions allocated together: 2 MiB of hashes. Tables grow by slabs, so nothing is ever copied."""
@@ -60,7 +60,7 @@ class PageTable:
         """Enter or replace the hashes, ``(n, 2)``, of ``pages``, ``(n,)``."""
         rows = self._rows(pages)
         if len(rows) and rows.min() < 0:
-            self._add_regions(pages[rows < 0] >> REGION_SHIFT)
+            self._add_regions(distinct(pages[rows < 0] >> REGION_SHIFT))
             rows = self._rows(pages)
         for slab, at in _by_slab(rows):
             row, column = rows[at] % SLAB_REGIONS, pages[at] & IN_REGION
@@ -98,7 +98,7 @@ class PageTable:
     def _add_regions(self, wanted: U64) -> None:
         with self._grow:
             regions, rows = self._regions
-            new = np.setdiff1d(wanted, regions)
+            new = wanted[self._rows(wanted << REGION_SHIFT) < 0]  # others may have added some
             added = len(rows) + np.arange(len(new), dtype=np.int64)
             while len(self._known) * SLAB_REGIONS < len(rows) + len(new):
                 # Zeros from the kernel: untouched parts of a slab take no memory.
@@ -119,7 +119,7 @@ def _by_slab(
     low, high = int(slabs.min()), int(slabs.max())
     if low == high:
         return [(low, slice(None))] if low >= 0 else []
-    counted = np.unique(slabs)
+    counted = distinct(slabs)
     return [(int(slab), slabs == slab) for slab in counted if slab >= 0]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from crtrace.image.losses import UnreadableRange
 from crtrace.image.pagetable import KnownPages
 from crtrace.image.places import PAGE_LIMIT, SAME, PageKind, chunks, kinds, place, slots
-from crtrace.units import U64, to_ranges
+from crtrace.units import U64, distinct, to_ranges
 
 LAST_ROUND = 1 << 30
 """The round of what is true at the end of an epoch whatever was read before: holes."""
@@ -194,7 +194,7 @@ def _bounds(pieces: list[Piece | PieceElsewhere]) -> list[int]:
     if not pieces:
         return []
     sampled = np.sort(np.concatenate([piece.sample for piece in pieces]))
-    return [*np.unique(sampled[STEP // SAMPLE :: STEP // SAMPLE]).tolist(), PAGE_LIMIT]
+    return [*distinct(sampled[STEP // SAMPLE :: STEP // SAMPLE]).tolist(), PAGE_LIMIT]
 
 
 def _joined(pieces: list[Piece]) -> Entries:
@@ -253,7 +253,7 @@ def take_unreadable(space: int, entries: Entries) -> list[UnreadableRange]:
         return []
     places = entries.places[which]
     ranges = []
-    for value in np.unique(places):
+    for value in distinct(places):
         errno, reason = int(chunks(value)), int(slots(value))
         for first, end in to_ranges(entries.pages[which][places == value]).tolist():
             ranges.append(

@@ -88,7 +88,7 @@ class MemoryReader:
 def _skip(pieces: U64, size: int) -> U64:
     """``pieces`` of (address, length) without their first ``size`` bytes."""
     ends = np.cumsum(pieces[:, 1])
-    first = int(np.searchsorted(ends, size, side="right"))
+    first = int(np.searchsorted(ends, np.uint64(size), side="right"))
     rest = pieces[first:].copy()
     if len(rest):
         inside = np.uint64(size) - (ends[first] - pieces[first, 1])

@@ -53,6 +53,13 @@ def test_set_operations(base: int, a: set[int], b: set[int]) -> None:
         assert pages_of(result, base) == expected
 
 
+@given(values=st.lists(st.integers(0, 40)))
+def test_distinct_values_ascend(values: list[int]) -> None:
+    found = units.distinct(np.array(values, dtype=np.uint64))
+    assert found.tolist() == sorted(set(values))
+    assert found.dtype == np.uint64
+
+
 @given(rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9))))
 def test_merge_takes_overlapping_ranges_in_any_order(rows: list[tuple[int, int]]) -> None:
     array = np.array([(at, at + n) for at, n in rows], dtype=np.uint64).reshape(-1, 2)

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from crtrace.units import REGION_PAGES, U64, Bools, distinct
 
 SLAB_REGIONS = 256
 """Regions allocated together: 2 MiB of hashes. Tables grow by slabs, so nothing is ever copied."""
+SLAB_PAGES = SLAB_REGIONS * REGION_PAGES
 
 REGION_SHIFT = np.uint64(REGION_PAGES.bit_length() - 1)
 IN_REGION = np.uint64(REGION_PAGES - 1)
+
+HASH = np.dtype("V16")
+"""A hash as one thing, which numpy moves in one step."""
+Cells = np.ndarray[tuple[int], np.dtype[np.int64]]
 
 
 class KnownPages(Protocol):
@@ -31,7 +38,7 @@ class PageTable:
     """
 
     def __init__(self) -> None:
-        self._hashes: list[U64] = []
+        self._hashes: list[npt.NDArray[np.void]] = []
         self._known: list[Bools] = []
         # Replaced as a whole under the lock, so readers need none: region numbers, row of each.
         self._regions = np.empty(0, dtype=np.uint64), np.empty(0, dtype=np.int64)
@@ -46,39 +53,36 @@ class PageTable:
 
         The hash of a page that is not known is zeros.
         """
-        rows = self._rows(pages)
         known = np.zeros(len(pages), dtype=np.bool_)
-        hashes = np.zeros((len(pages), 2), dtype=np.uint64)
-        for slab, at in _by_slab(rows):
-            row, column = rows[at] % SLAB_REGIONS, pages[at] & IN_REGION
-            known[at] = self._known[slab][row, column]
-            hashes[at] = self._hashes[slab][row, column]
-        hashes[~known] = 0
-        return known, hashes
+        hashes = np.zeros(len(pages), dtype=HASH)
+        for slab, which, at in _by_slab(self._cells(pages)):
+            known[which] = self._known[slab][at]
+            hashes[which] = self._hashes[slab][at]
+        hashes[~known] = np.zeros(1, dtype=HASH)
+        return known, hashes.view(np.uint64).reshape(-1, 2)
 
     def store(self, pages: U64, hashes: U64) -> None:
         """Enter or replace the hashes, ``(n, 2)``, of ``pages``, ``(n,)``."""
-        rows = self._rows(pages)
-        if len(rows) and rows.min() < 0:
-            self._add_regions(distinct(pages[rows < 0] >> REGION_SHIFT))
-            rows = self._rows(pages)
-        for slab, at in _by_slab(rows):
-            row, column = rows[at] % SLAB_REGIONS, pages[at] & IN_REGION
-            self._hashes[slab][row, column] = hashes[at]
-            self._known[slab][row, column] = True
+        cells = self._cells(pages)
+        if len(cells) and cells.min() < 0:
+            self._add_regions(distinct(pages[cells < 0] >> REGION_SHIFT))
+            cells = self._cells(pages)
+        whole = np.ascontiguousarray(hashes).view(HASH).reshape(-1)
+        for slab, which, at in _by_slab(cells):
+            self._hashes[slab][at] = whole[which]
+            self._known[slab][at] = True
 
     def drop(self, pages: U64) -> None:
         """Forget ``pages``, known or not."""
-        rows = self._rows(pages)
-        for slab, at in _by_slab(rows):
-            self._known[slab][rows[at] % SLAB_REGIONS, pages[at] & IN_REGION] = False
+        for slab, _, at in _by_slab(self._cells(pages)):
+            self._known[slab][at] = False
 
     def absent_from(self, present: U64) -> U64:
         """The known pages, ascending, that lie in none of the ranges of a range array."""
         regions, rows = self._regions
         if not len(regions):
             return np.empty(0, dtype=np.uint64)
-        known = np.concatenate(self._known)[rows].reshape(-1)
+        known = np.concatenate(self._known).reshape(-1, REGION_PAGES)[rows].reshape(-1)
         if len(present):
             known &= ~_painted(regions, present)
         at = np.flatnonzero(known)
@@ -86,41 +90,42 @@ class PageTable:
         absent: U64 = first[at >> int(REGION_SHIFT)] + (at.astype(np.uint64) & IN_REGION)
         return absent
 
-    def _rows(self, pages: U64) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The row of each page's region among all slabs; -1 for none."""
+    def _cells(self, pages: U64) -> Cells:
+        """Where each page is among the cells of all slabs; -1 for nowhere."""
         regions, rows = self._regions
         if not len(regions):
             return np.full(len(pages), -1, dtype=np.int64)
         wanted = pages >> REGION_SHIFT
         at = np.minimum(np.searchsorted(regions, wanted), len(regions) - 1)
-        return np.where(regions[at] == wanted, rows[at], -1)
+        inside = (pages & IN_REGION).astype(np.int64)
+        return np.where(regions[at] == wanted, rows[at] * REGION_PAGES + inside, -1)
 
     def _add_regions(self, wanted: U64) -> None:
         with self._grow:
             regions, rows = self._regions
-            new = wanted[self._rows(wanted << REGION_SHIFT) < 0]  # others may have added some
+            new = wanted[self._cells(wanted << REGION_SHIFT) < 0]  # others may have added some
             added = len(rows) + np.arange(len(new), dtype=np.int64)
             while len(self._known) * SLAB_REGIONS < len(rows) + len(new):
                 # Zeros from the kernel: untouched parts of a slab take no memory.
-                self._hashes.append(np.zeros((SLAB_REGIONS, REGION_PAGES, 2), dtype=np.uint64))
-                self._known.append(np.zeros((SLAB_REGIONS, REGION_PAGES), dtype=np.bool_))
+                self._hashes.append(np.zeros(SLAB_PAGES, dtype=HASH))
+                self._known.append(np.zeros(SLAB_PAGES, dtype=np.bool_))
             regions, rows = np.concatenate((regions, new)), np.concatenate((rows, added))
             order = np.argsort(regions)
             self._regions = regions[order], rows[order]
 
 
-def _by_slab(
-    rows: np.ndarray[tuple[int], np.dtype[np.int64]],
-) -> list[tuple[int, np.ndarray[tuple[int], np.dtype[np.bool_]] | slice]]:
-    """Each slab that ``rows`` touch, with the rows that do; rows below 0 are in none."""
-    if not len(rows):
-        return []
-    slabs = rows // SLAB_REGIONS
-    low, high = int(slabs.min()), int(slabs.max())
-    if low == high:
-        return [(low, slice(None))] if low >= 0 else []
-    counted = distinct(slabs)
-    return [(int(slab), slabs == slab) for slab in counted if slab >= 0]
+def _by_slab(cells: Cells) -> Iterator[tuple[int, Bools | slice, Cells]]:
+    """Each slab that ``cells`` are in, which of them are, and where in it; -1 is in none."""
+    if not len(cells):
+        return
+    low, high = int(cells.min()) // SLAB_PAGES, int(cells.max()) // SLAB_PAGES
+    if low == high >= 0:
+        yield low, slice(None), cells - low * SLAB_PAGES
+    elif high >= 0:
+        slabs = cells // SLAB_PAGES
+        for slab in distinct(slabs[slabs >= 0]).tolist():
+            which: Bools = slabs == slab
+            yield slab, which, cells[which] - slab * SLAB_PAGES
 
 
 def _painted(regions: U64, present: U64) -> Bools:

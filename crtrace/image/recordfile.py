@@ -46,6 +46,7 @@ class RecordFile:
     def __init__(self, directory: ChainDir, name: str) -> None:
         self._directory = directory
         self._name = name
+        self._path = directory.path / name
         self._fd = directory.create(name + PART)
         self._lock = threading.Condition()
         self._active = 0
@@ -123,7 +124,7 @@ class RecordFile:
 
     def _write(self, parts: Sequence[Part], offset: int) -> None:
         left = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
-        with explained("writing", self._directory.path / self._name):
+        with explained("writing", self._path):
             while left:
                 point("pwritev")
                 done = os.pwritev(self._fd, left, offset)
@@ -136,7 +137,7 @@ class RecordFile:
     def where(self, number: int) -> str:
         """A record that was written, for messages."""
         kind, *_ = self._row(number)
-        return f"{self._directory.path / self._name}: {type_name(kind)} {number}"
+        return f"{self._path}: {type_name(kind)} {number}"
 
     def length(self, number: int) -> int:
         """The length of the payload of a record that was written."""
@@ -146,7 +147,7 @@ class RecordFile:
     def span(self, number: int, at: int, length: int) -> bytes:
         """Part of the payload of a record that was written."""
         *_, start, _, _ = self._row(number)
-        with explained("reading", self._directory.path / self._name):
+        with explained("reading", self._path):
             point("pread of the image")
             data = os.pread(self._fd, length, start + HEADER.size + at)
             if len(data) != length:
@@ -172,7 +173,7 @@ class RecordFile:
         tail = Tail(offset, len(rows), length, image_hash)
         self.append(RecordType.TAIL, [tail.pack()])
         if self._reserved > SMALL:
-            with explained("writing", self._directory.path / self._name):
+            with explained("writing", self._path):
                 point("ftruncate")
                 os.ftruncate(self._fd, length)
         return image_hash, length

@@ -118,6 +118,7 @@ class Work:
         self._left.append(left)
         recent = self._left[-3:]
         stuck = len(recent) == 3 and min(recent[1:]) > 0.8 * recent[0]
+        stuck |= len(recent) > 1 and recent[-1] > 0.95 * recent[-2]  # each costs the target, too
         self.converged = not stuck and len(self._left) < MAX_ROUNDS
         return self.converged
 

@@ -125,7 +125,9 @@ def test_extended_state_in_a_frame_describes_itself() -> None:
 def test_pre_copy_goes_on_while_it_gains_and_stops_when_it_does_not() -> None:
     gaining, stuck = (Work() for _ in range(2))
     assert all(gaining.converging(left) for left in (90_000, 40_000, 20_000, 9_000))
-    assert [stuck.converging(left) for left in (50_000, 48_000, 51_000)] == [True, True, False]
+    assert [stuck.converging(left) for left in (50_000, 45_000, 41_000)] == [True, True, False]
+    hopeless = Work()
+    assert [hopeless.converging(left) for left in (250_000, 249_000)] == [True, False]
     assert not stuck.converged
 
 

@@ -287,7 +287,7 @@ class Session:
         self._looked_at = self._map_changes()
         for target in self._tree.targets():
             with suppress(TargetGone):
-                target.map.refresh()
+                target.refresh(self._tree.tgids(target))
         objects = self._find_objects()
         try:
             for each in objects:
@@ -371,7 +371,7 @@ class Session:
         for target in targets:
             if target.space not in work.parts:
                 work.parts[target.space] = Part(target.carried, True, True)
-            changed |= target.map.refresh()
+            changed |= target.refresh(self._tree.tgids(target))
         return changed
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:

@@ -19,7 +19,7 @@ from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Armer, Scan
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
-from crtrace.track.dirty import WrittenPages
+from crtrace.track.dirty import Evidence, WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.units import PAGE_SIZE, U64, contains, merge, no_pages
 
@@ -42,6 +42,8 @@ class Target:
         self.recent = no_pages()
         """What was written for the last epoch, if a direct read may still be under way into it."""
         self._guide: Guide | None = None
+        self._map_as_of: Evidence | None = None
+        """The counts when the map was read."""
         self._found: U64 | None = None
         """What the scan right after a switch of generations has found."""
         self.pins = Pins()
@@ -101,7 +103,16 @@ class Target:
             return False
         return same and self.reader.same_program(self._landmark[0])
 
-    # ---- scans ---------------------------------------------------------------------------------
+    # ---- its map, and scans --------------------------------------------------------------------
+
+    def refresh(self, tgids: list[int]) -> bool:
+        """Read the map again if anything can have changed it; whether it differs from before."""
+        if not self._guide or not all(tgids):
+            return self.map.refresh()
+        now = self._guide.map_evidence(tgids)
+        changed = now != self._map_as_of and self.map.refresh()
+        self._map_as_of = now
+        return changed
 
     def guided(self, tgids: list[int]) -> bool:
         """Whether a scan now would be bounded by what is marked, or as short without."""
@@ -139,8 +150,7 @@ class Target:
     def marked(self, pages: U64) -> None:
         """BPF has marked ``pages``, page numbers, before its last switch of generations."""
         if self._guide and self._found is not None:
-            private = self.map.ranges(lambda vma: not vma.shared)
-            self._guide.marked(pages[contains(private, pages)], self._found)
+            self._guide.marked(pages[contains(self.map.private, pages)], self._found)
             self._found = None
 
     def doubt(self) -> None:
@@ -193,7 +203,7 @@ class Target:
 
     def vdso(self) -> U64:
         """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""
-        return self.map.ranges(lambda vma: vma.name == "[vdso]")
+        return self.map.vdso
 
 
 def _landmark(process: Process) -> tuple[int, int]:

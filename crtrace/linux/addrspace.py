@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 
 from crtrace.linux.procfs import Process, Vma, empty_vmas, parse_maps
-from crtrace.units import U64, no_pages
+from crtrace.units import U64, merge, no_pages
 
 
 class AddressSpace:
@@ -20,6 +20,7 @@ class AddressSpace:
         self.vmas: list[Vma] = []
         self.changes = 0
         """Times that it was found changed."""
+        self._kinds: dict[str, U64] = {}
 
     def refresh(self) -> bool:
         """Read the map again; whether it differs from before. Raises when there is none."""
@@ -30,12 +31,38 @@ class AddressSpace:
             return False
         self._raw, self.vmas = raw, parse_maps(raw)
         self.changes += 1
+        self._kinds = {}
         return True
 
     def ranges(self, wanted: Callable[[Vma], bool]) -> U64:
         """The page ranges of the VMAs that ``wanted`` accepts."""
         found = [(vma.first_page, vma.end_page) for vma in self.vmas if wanted(vma)]
         return np.array(found, dtype=np.uint64) if found else no_pages()
+
+    @property
+    def private(self) -> U64:
+        """The page ranges of private memory, joined."""
+        return self._kind("private", lambda vma: not vma.shared)
+
+    @property
+    def anonymous(self) -> U64:
+        """The same, of what is no file's."""
+        return self._kind("anonymous", lambda vma: not vma.shared and not vma.file_backed)
+
+    @property
+    def private_files(self) -> U64:
+        """The same, of what is a file's until it is written."""
+        return self._kind("files", lambda vma: vma.file_backed and not vma.shared)
+
+    @property
+    def vdso(self) -> U64:
+        """The pages of ``[vdso]``."""
+        return self._kind("vdso", lambda vma: vma.name == "[vdso]")
+
+    def _kind(self, name: str, wanted: Callable[[Vma], bool]) -> U64:
+        if name not in self._kinds:
+            self._kinds[name] = merge(self.ranges(wanted))
+        return self._kinds[name]
 
     def empty(self) -> U64:
         """The page ranges of the VMAs without a page in memory or swapped out, as of now.

@@ -41,7 +41,7 @@ class CompareArmer:
         beside: ThreadPoolExecutor | None = None,
     ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
-        own = intersect(self.everything(), space.ranges(lambda vma: not vma.shared))
+        own = intersect(self.everything(), space.private)
         return Scan(own, subtract(EVERYTHING, own), own)
 
     def boundable(self) -> bool:

@@ -183,13 +183,23 @@ class WrittenPages:
     def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        visits = _u64(0)
-        bpf.lookup(self._maps["visits"], _u64(space), visits)
-        found = [int(visits[0]), self._get("totals", _UNTOLD), self._lazily_freed()]
+        found = [self._visits(space), self._get("totals", _UNTOLD), self._lazily_freed()]
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
             found += [tgid, counts.flushes, counts.lost]
         return tuple(found)
+
+    def map_evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
+        """What must stay as it is for the map of an address space to be the same."""
+        return (
+            self._visits(space),
+            *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
+        )
+
+    def _visits(self, space: int) -> int:
+        value = _u64(0)
+        bpf.lookup(self._maps["visits"], _u64(space), value)
+        return int(value[0])
 
     def _lazily_freed(self) -> int:
         """Pages given up with MADV_FREE that the kernel has taken, of any process: it tells

@@ -38,6 +38,10 @@ class Guide:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
         return (changes, *self._marks.evidence(self._space, tgids))
 
+    def map_evidence(self, tgids: Collection[int]) -> Evidence:
+        """Counts that stay the same while nobody changes what is mapped."""
+        return self._marks.map_evidence(self._space, tgids)
+
     def holds(self, evidence: Evidence) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""
         return evidence == self._since and not self._blind

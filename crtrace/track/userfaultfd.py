@@ -42,21 +42,13 @@ OWN_PROTECTED = Filter(need=pagemap.WPALLOWED, exclude=pagemap.OWN.exclude)
 LARGE = 65_536
 """Pages from which on a bounded scan may be worth it: 256 MiB are scanned in 0.2 ms
 (``scripts/bench-pause``)."""
-A_CALL = 2_048
-"""Pages that a scan passes over while another would be begun."""
+A_CALL, A_MAPPING = 2_048, 512
+"""Pages that a scan passes over while another would be begun, and while it begins with a VMA."""
 FEW = 512
 """Unprotected pages that are not worth a stop of their own."""
 WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
 # Without arming, some kernels report pages of other VMAs as well.
 WRITTEN_PROTECTED = Filter(need=pagemap.WRITTEN | pagemap.WPALLOWED, exclude=WRITTEN.exclude)
-
-
-def _private_file(vma: Vma) -> bool:
-    return vma.file_backed and not vma.shared
-
-
-def _anonymous(space: AddressSpace) -> U64:
-    return space.ranges(lambda vma: not vma.shared and not vma.file_backed)
 
 
 def _joined(ranges: U64, gap: int) -> U64:
@@ -139,8 +131,8 @@ class UserfaultfdArmer:
         when they arrive."""
         self._swapped = no_pages()
         """Swapped out when last looked at."""
-        self._present = 0
-        """Pages that a scan of everything has to look at, about."""
+        self._effort = 0
+        """How much a scan of everything has to do, in pages."""
         self.ldt = b""
         try:
             self._prepare()
@@ -207,17 +199,18 @@ class UserfaultfdArmer:
             self._clear_marks(space, stopped)
         written, absent, markers = self._look_through(space, windows, beside)
         of_files = self._of_files(space)
-        mapped = merge(space.ranges(lambda vma: not vma.shared))
+        mapped = space.private
         gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
         if windows is None and not stopped:
-            self._present = count_pages(subtract(mapped, absent))
+            present = count_pages(subtract(mapped, absent))
+            self._effort = present + A_MAPPING * len(space.vmas)
         found = merge(subtract(written, of_files), fresh, markers)
         self._doubtful = False
         return Scan(found, gone, unarmed, windows is not None)
 
     def boundable(self) -> bool:
         """See :class:`crtrace.track.armer.Armer`."""
-        return self._present >= LARGE
+        return self._effort >= LARGE
 
     def _windows(self, space: AddressSpace, within: U64 | None) -> U64 | None:
         """Where to look, given the bounds; None: everywhere.
@@ -228,13 +221,10 @@ class UserfaultfdArmer:
         if within is None or self._doubtful or self._uncleared or not self.boundable():
             return None
         away = merge(self._moving, self._swapped)
-        within = merge(intersect(within, _anonymous(space)), self._files(space), away)
+        within = merge(intersect(within, space.anonymous), space.private_files, away)
         windows = _joined(within, A_CALL)
-        worth = count_pages(windows) + A_CALL * len(windows) < self._present
+        worth = count_pages(windows) + A_CALL * len(windows) < self._effort
         return windows if worth else None
-
-    def _files(self, space: AddressSpace) -> U64:
-        return merge(space.ranges(_private_file))
 
     def _look_through(
         self, space: AddressSpace, windows: U64 | None, beside: ThreadPoolExecutor | None
@@ -257,7 +247,7 @@ class UserfaultfdArmer:
         finally:
             wait([looking])
         absent, _ = looking.result()
-        anonymous = _anonymous(space)
+        anonymous = space.anonymous
         written = subtract(merge(written), self._moving)
         return Look(intersect(written, anonymous), intersect(absent, anonymous))
 
@@ -340,7 +330,7 @@ class UserfaultfdArmer:
         armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
         markers = ranges[armed]
         if len(markers):
-            markers = intersect(markers, space.ranges(_private_file))
+            markers = intersect(markers, space.private_files)
         out, absent = merge(ranges[swapped]), merge(ranges[~swapped])
         if windows is not None:
             out = merge(subtract(self._swapped, windows), out)
@@ -354,7 +344,7 @@ class UserfaultfdArmer:
         To ask of every page whether it is its file's takes ten times as long as the scan itself, so
         only where files are mapped it is asked.
         """
-        files = self._files(space)
+        files = space.private_files
         own, _ = _scan_within(self._scanner, pagemap.OWN, _joined(files, SMALL_GAP))
         return subtract(files, merge(own))
 

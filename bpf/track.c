@@ -20,10 +20,12 @@ BPF_ARRAY(totals, u64, TOTAL_COUNT);
  * its answer, that process's number in the initial namespace. */
 BPF_ARRAY(question, u64, 4);
 BPF_ARRAY(controller, u64, CONTROLLER_COUNT);
-/* Address spaces under watch, by mm_struct: times that somebody let go of their lock. */
-BPF_TABLE("hash", u64, u64, visits, TARGETS);
-/* The thread whose kernel-mode page fault a processor handles. */
-BPF_PERCPU_ARRAY(faulting, u64, 1);
+/* Address spaces under watch, by the address of their mm_struct. */
+BPF_TABLE("hash", u64, struct visits, visits, TARGETS);
+/* Which address space a target runs in, as far as the controller knows. */
+BPF_TABLE("hash", u32, u64, homes, TARGETS);
+/* Threads whose write fault in kernel mode has been marked, and takes the lock next. */
+BPF_TABLE("lru_hash", u64, u32, faulting, 1024);
 /* Each region when it is first marked in a generation, as struct region_key. */
 BPF_RINGBUF_OUTPUT(fresh, RING_PAGES);
 
@@ -60,6 +62,7 @@ static __always_inline void add_region(struct region_key *key)
 		count(TOTAL_UNTOLD);
 }
 
+/* Whether it is a target that writes. */
 static __always_inline int mark_written(u64 address)
 {
 	u32 tgid = bpf_get_current_pid_tgid() >> 32;
@@ -77,7 +80,7 @@ static __always_inline int mark_written(u64 address)
 		bits = find_region(&key);
 		if (!bits) {
 			__sync_fetch_and_add(&target->lost, 1);
-			return 0;
+			return 1;
 		}
 	}
 
@@ -87,24 +90,70 @@ static __always_inline int mark_written(u64 address)
 
 	if (!(*word & bit))
 		__sync_fetch_and_or(word, bit);
-	return 0;
+	return 1;
 }
 
-#define FAULT_WRITE 2 /* bit of the x86 page-fault error code */
+/* Of the x86 page-fault error code. The kernel takes every access to a shadow stack for a write. */
+#define FAULT_WRITE 2
+#define FAULT_SHADOW_STACK 0x40
+#define WRITES (FAULT_WRITE | FAULT_SHADOW_STACK)
 
 RAW_TRACEPOINT_PROBE(page_fault_user)
 {
-	return ctx->args[2] & FAULT_WRITE ? mark_written(ctx->args[0]) : 0;
+	if (ctx->args[2] & WRITES)
+		mark_written(ctx->args[0]);
+	return 0;
 }
 
 RAW_TRACEPOINT_PROBE(page_fault_kernel)
 {
-	int zero = 0;
-	u64 *thread = faulting.lookup(&zero);
+	u64 who = bpf_get_current_pid_tgid();
+	u32 here = 1;
 
-	if (thread)
-		*thread = bpf_get_current_pid_tgid();
-	return ctx->args[2] & FAULT_WRITE ? mark_written(ctx->args[0]) : 0;
+	if (ctx->args[2] & WRITES && mark_written(ctx->args[0]))
+		faulting.update(&who, &here);
+	return 0;
+}
+
+/*
+ * Who takes the lock of an address space may change memory without a page fault: pages that the
+ * kernel writes to for somebody, or discards. Counted when it is taken, for what goes on meanwhile,
+ * and when it is let go, for what began earlier. A fault in kernel mode takes the lock itself and is
+ * no reason to count: it is marked. What the controller does changes nothing.
+ */
+static __always_inline void visit(u64 space, bool over)
+{
+	u64 who = bpf_get_current_pid_tgid();
+	u32 tgid = who >> 32;
+	int ours = CONTROLLER_TGID, own = CONTROLLER_SPACE, last = CONTROLLER_VISITED;
+	u64 *value = controller.lookup(&ours);
+
+	if (value && *value == tgid) {
+		value = controller.lookup(&own);
+		if (value && *value != space)
+			controller.update(&last, &space);
+		return;
+	}
+
+	struct visits *counted = visits.lookup(&space);
+
+	if (!counted)
+		return;
+	if (faulting.lookup(&who)) {
+		if (over)
+			faulting.delete(&who);
+		return;
+	}
+	__sync_fetch_and_add(&counted->all, 1);
+	value = homes.lookup(&tgid);
+	if (!value || *value != space)
+		__sync_fetch_and_add(&counted->foreign, 1);
+}
+
+RAW_TRACEPOINT_PROBE(mmap_lock_released)
+{
+	visit(ctx->args[0], true);
+	return 0;
 }
 
 /*
@@ -113,6 +162,7 @@ RAW_TRACEPOINT_PROBE(page_fault_kernel)
  */
 RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 {
+	visit(ctx->args[0], false);
 	if (!ctx->args[1])
 		return 0;
 
@@ -121,74 +171,6 @@ RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 
 	if (target)
 		__sync_fetch_and_add(&target->map_changes, 1);
-	return 0;
-}
-
-/*
- * Who lets go of the lock may have changed memory without a page fault: pages that the kernel wrote
- * to for somebody, or discarded. Counted at the end, so that what was begun earlier counts, too. A
- * fault in kernel mode takes the lock itself and is no reason to count: it is marked. Where that
- * cannot be told for sure, it counts.
- */
-RAW_TRACEPOINT_PROBE(mmap_lock_released)
-{
-	u64 space = ctx->args[0], who = bpf_get_current_pid_tgid();
-	u32 process = who >> 32;
-	int zero = 0, tgid = CONTROLLER_TGID, own = CONTROLLER_SPACE, visited = CONTROLLER_VISITED;
-	u64 *value = controller.lookup(&tgid);
-
-	if (value && *value == process) {
-		value = controller.lookup(&own);
-		if (value && *value != space)
-			controller.update(&visited, &space);
-		return 0;
-	}
-
-	u64 *counted = visits.lookup(&space);
-
-	if (!counted)
-		return 0;
-	value = faulting.lookup(&zero);
-	if (value && *value == who && targets.lookup(&process))
-		*value = 0;
-	else
-		__sync_fetch_and_add(counted, 1);
-	return 0;
-}
-
-/* Reasons of enum tlb_flush_reason that are the current task's own; the others are a processor's
- * answer to somebody else. */
-#define TLB_LOCAL_SHOOTDOWN 2
-#define TLB_REMOTE_SEND_IPI 4
-
-/* The beginning of what user mode had in its registers, as ptrace has it, too (asm/ptrace.h). */
-struct user_registers {
-	u64 others[15];
-	s64 orig_ax; /* number of the system call; negative after an exception */
-};
-
-/*
- * Pages can be discarded under the lock of their VMA alone; but the TLB has to be flushed. A page
- * fault that replaces its page flushes, too, and is marked: the thread did not come by a system
- * call then. Not loaded where the kernel does not show a task's registers (before Linux 5.15).
- */
-int flushed(struct bpf_raw_tracepoint_args *ctx)
-{
-	int reason = ctx->args[0];
-
-	if (reason < TLB_LOCAL_SHOOTDOWN || reason > TLB_REMOTE_SEND_IPI)
-		return 0;
-
-	u32 tgid = bpf_get_current_pid_tgid() >> 32;
-	struct target *target = targets.lookup(&tgid);
-
-	if (!target)
-		return 0;
-
-	struct user_registers *user = (void *)bpf_task_pt_regs(bpf_get_current_task_btf());
-
-	if (ctx->args[1] != 1 || user->orig_ax >= 0)
-		__sync_fetch_and_add(&target->flushes, 1);
 	return 0;
 }
 

@@ -25,9 +25,13 @@ struct target {
 	__u64 faults;      /* write faults: pages written since they were armed, or for the first time */
 	__u64 lost;        /* written pages that found no room in the map */
 	__u64 map_changes; /* times its own threads took the address space for writing */
-	__u64 flushes;     /* times they had the TLB flushed: pages went, or were replaced */
 	__u32 threads;     /* living threads, kept for followed children only */
 	__u32 flags;
+};
+
+struct visits {
+	__u64 all;
+	__u64 foreign; /* those of processes that do not run in the address space */
 };
 
 #define TARGET_FOLLOW 1u /* its children become targets too */
@@ -53,6 +57,7 @@ enum controller {
 
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
-_Static_assert(sizeof(struct target) == 40, "target");
+_Static_assert(sizeof(struct target) == 32, "target");
+_Static_assert(sizeof(struct visits) == 16, "visits");
 
 #endif

@@ -194,7 +194,8 @@ class Session:
         self._tree.departed.clear()
         for target in self._tree.targets():
             target.fresh = False
-            target.recent = work.parts[target.space].scanned if target.pins.direct else no_pages()
+            part = work.parts[target.space]
+            target.recent = part.scanned if target.pins.direct else part.suspect
 
     # ---- while the targets run -----------------------------------------------------------------
 
@@ -250,9 +251,9 @@ class Session:
             turned=work.rounds == 0,
             beside=self._beside,
         )
-        part.found(scan.written)
+        again = part.found(scan.written, target.visited())
         # What cannot be armed would have to be read again in the pause anyway.
-        ranges = subtract(merge(scan.written, part.retry()), scan.unarmed)
+        ranges = subtract(merge(scan.written, again), scan.unarmed)
         if part.whole and not part.rounds:
             target.advice.read(target.process)
             ranges = merge(ranges, target.armer.everything(), target.vdso())
@@ -376,13 +377,13 @@ class Session:
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
         scan = target.scan(self._tree.tgids(target), stopped=True, beside=self._beside)
-        part.found(scan.written)
+        again = part.found(scan.written, target.visited())
         part.bounded = scan.bounded
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)
         work.unarmed += count_pages(scan.unarmed)
-        again = merge(part.retry(), target.pinned(part.scanned))
-        residual = subtract(merge(scan.written, again), part.gone)
+        again = merge(scan.written, again, target.pinned(part.scanned))
+        residual = subtract(again, part.gone)
         if part.whole and not part.rounds:
             residual = merge(residual, vdso)
         work.residual += self._copy(target, part, residual, lambda pages: None)

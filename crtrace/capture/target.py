@@ -40,7 +40,8 @@ class Target:
         self.fresh = True
         self.carried = no_pages()
         self.recent = no_pages()
-        """What was written for the last epoch, if a direct read may still be under way into it."""
+        """What was written for the last epoch, where something may still be under way into it: a
+        direct read, or what somebody else does."""
         self._guide: Guide | None = None
         self._map_as_of: Evidence | None = None
         """The counts when the map was read."""
@@ -134,7 +135,8 @@ class Target:
         since just before this scan, and all scans before were in the last one.
         """
         guide = self._guide
-        if not guide or not self.armer.boundable() or not all(tgids):
+        # io_uring's workers are not stopped, so their faults may be under way all the time.
+        if not guide or not self.armer.boundable() or not all(tgids) or self.pins.rings:
             self.doubt()
             return self.armer.scan(self.map, stopped=stopped, beside=beside)
         evidence = guide.evidence(tgids, self.map.changes)
@@ -146,6 +148,11 @@ class Target:
             guide.stopped()
         self._found = scan.written if turned else None
         return scan
+
+    def visited(self) -> bool:
+        """Whether somebody from outside has been in its memory since this was asked last. What he
+        has pinned there may change after a scan has armed it."""
+        return self._guide is not None and self._guide.visited()
 
     def marked(self, pages: U64) -> None:
         """BPF has marked ``pages``, page numbers, before its last switch of generations."""
@@ -180,6 +187,7 @@ class Target:
         if self.compared:
             return  # all is read each time anyway
         self.pins.find(self.process)
+        self.visited()
         who = f"process {self.process.pid}"
         if pinned := self.pins.unexplained(self.process):
             self.limits.append(
@@ -199,7 +207,7 @@ class Target:
         if self.compared:
             return no_pages()
         fixed = self.pins.ranges(self.process)
-        return merge(fixed, scanned, self.recent) if self.pins.direct else fixed
+        return merge(fixed, self.recent, scanned if self.pins.direct else no_pages())
 
     def vdso(self) -> U64:
         """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""

@@ -36,6 +36,8 @@ class Part:
     gone: U64 = field(default_factory=no_pages)
     marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Written page numbers as BPF saw them."""
+    suspect: U64 = field(default_factory=no_pages)
+    """What the last scan found while somebody else was in that memory: to be read again."""
     bounded: bool = False
     """The scan in the pause looked only where something was marked."""
     late: int = 0
@@ -45,14 +47,16 @@ class Part:
     def __post_init__(self) -> None:
         self.scanned = self.carried
 
-    def found(self, written: U64) -> None:
-        """A scan reported these pages written, and has armed them again."""
-        self.scanned = merge(self.scanned, written)
-
-    def retry(self) -> U64:
-        """Pages to read besides what the scan says: carried over, or not readable before."""
+    def found(self, written: U64, visited: bool) -> U64:
+        """A scan reported these pages written, and has armed them again, with somebody else in that
+        memory shortly before if ``visited``. Pages to read besides: carried over, not readable
+        before, or suspect."""
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
-        return merge(no_pages() if self.rounds else self.carried, to_ranges(failed))
+        carried = no_pages() if self.rounds else self.carried
+        again = merge(carried, to_ranges(failed), self.suspect)
+        self.scanned = merge(self.scanned, written)
+        self.suspect = written if visited else no_pages()
+        return again
 
     def copied(self, ranges: U64, copied: Copied) -> None:
         """Pages were copied; those that failed before were among them."""

@@ -186,9 +186,18 @@ class Ring:
         theirs = mmap.mmap(
             fd, PAGE_SIZE + 2 * size, mmap.MAP_SHARED, mmap.PROT_READ, offset=PAGE_SIZE
         )
+        self._mapped = [own, theirs]
         self._consumer = np.frombuffer(own, dtype=np.uint64, count=1)
         self._producer = np.frombuffer(theirs, dtype=np.uint64, count=1)
         self._data = np.frombuffer(theirs, dtype=np.uint8, offset=PAGE_SIZE)
+
+    def close(self) -> None:
+        """Let go of the ring, which nobody reads any more; it may be called twice."""
+        self._consumer = self._producer = np.zeros(1, dtype=np.uint64)
+        self._data = np.zeros(0, dtype=np.uint8)
+        for each in self._mapped:
+            each.close()
+        self._mapped = []
 
     def take(self) -> Array:
         """The records that are complete, oldest first, up to one that is still being written."""

@@ -17,22 +17,20 @@ from crtrace.linux.bpf import Array
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.loader import RING_PAGES, Programs
+from crtrace.track.loader import KEY, Programs
 from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, merge
 
-KEY = np.dtype([("tgid", "<u4"), ("reserved", "<u4"), ("region", "<u8")])
 BITS = np.dtype([("word", "<u8", (8,))])
 TARGET = np.dtype(
     [
         ("faults", "<u8"),
         ("lost", "<u8"),
         ("map_changes", "<u8"),
-        ("flushes", "<u8"),
         ("threads", "<u4"),
         ("flags", "<u4"),
     ]
 )
-assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 40), "see bpf/track.h"
+assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 32), "see bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
 _LOST_CHILDREN, _UNTOLD, _RECLAIMS = range(3)
@@ -49,8 +47,6 @@ class Counts:
     """Write faults: pages that were written since they were armed, or for the first time."""
     lost: int
     map_changes: int
-    flushes: int = 0
-    """Times that its threads had the TLB flushed, as whoever discards pages does."""
 
 
 Evidence = tuple[int, ...]
@@ -63,9 +59,8 @@ class WrittenPages:
     def __init__(self, programs: Programs) -> None:
         self._maps = programs.maps
         self._resolver = programs.resolver
-        self._guides = programs.guides
         self._written = [bpf.Elements(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
-        self._ring = bpf.Ring(self._maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
+        self._ring = programs.ring
         self._generation = 0
         self._drained = True
         self._left: list[tuple[Array, Array]] = []
@@ -135,6 +130,7 @@ class WrittenPages:
     def remove(self, tgid: int) -> None:
         """Mark it no longer."""
         bpf.delete(self._maps["targets"], _u32(tgid))
+        bpf.delete(self._maps["homes"], _u32(tgid))
 
     def targets(self) -> dict[int, int]:
         """The flags of all processes that are marked now, followed children included."""
@@ -153,7 +149,7 @@ class WrittenPages:
         value = np.zeros(1, dtype=TARGET)
         bpf.lookup(self._maps["targets"], _u32(tgid), value)
         row = value[0]
-        return Counts(*(int(row[name]) for name in ("faults", "lost", "map_changes", "flushes")))
+        return Counts(*(int(row[name]) for name in ("faults", "lost", "map_changes")))
 
     def lost_children(self) -> int:
         """Forks that were not followed because the target map was full."""
@@ -163,15 +159,13 @@ class WrittenPages:
 
     def space_behind(self, look: Callable[[], object]) -> int:
         """BPF's name of the address space whose lock ``look`` takes; its visits are counted from
-        now on. 0 where that cannot be had, or marks are not enough to bound scans."""
-        if not self._guides:
-            return 0
+        now on. 0 where that cannot be had."""
         self._set("controller", _VISITED, 0)
         look()
         space = self._get("controller", _VISITED)
         try:
             if space:
-                bpf.update(self._maps["visits"], _u64(space), _u64(0))
+                bpf.update(self._maps["visits"], _u64(space), np.zeros(2, dtype=np.uint64))
         except OSError:  # there are too many
             return 0
         return space
@@ -180,35 +174,40 @@ class WrittenPages:
         """Count its visits no longer."""
         bpf.delete(self._maps["visits"], _u64(space))
 
+    def live_in(self, space: int, tgid: int) -> None:
+        """The visits of a process are those of somebody who runs in the space, from now on."""
+        bpf.update(self._maps["homes"], _u32(tgid), _u64(space))
+
     def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        found = [self._visits(space), self._get("totals", _UNTOLD), self._lazily_freed()]
+        found = [self._visits(space)[0], self._get("totals", _UNTOLD), self._lazily_freed()]
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
-            found += [tgid, counts.flushes, counts.lost]
+            found += [tgid, counts.lost]
         return tuple(found)
 
     def map_evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the map of an address space to be the same."""
         return (
-            self._visits(space),
+            self._visits(space)[0],
             *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
         )
 
-    def _visits(self, space: int) -> int:
-        value = _u64(0)
+    def foreign_visits(self, space: int) -> int:
+        """How often somebody who does not run in it took the lock of an address space."""
+        return self._visits(space)[1]
+
+    def _visits(self, space: int) -> tuple[int, int]:
+        value = np.zeros(2, dtype=np.uint64)
         bpf.lookup(self._maps["visits"], _u64(space), value)
-        return int(value[0])
+        return int(value[0]), int(value[1])
 
     def _lazily_freed(self) -> int:
-        """Pages given up with MADV_FREE that the kernel has taken, of any process: it tells
-        nobody whose."""
+        """Pages that the kernel has taken without a lock, of any process: it tells nobody whose."""
         reclaims = self._get("totals", _RECLAIMS)
         if reclaims != self._reclaims:
-            self._reclaims = reclaims
-            with open("/proc/vmstat") as file:
-                self._freed = next(int(line.split()[1]) for line in file if "pglazyfreed" in line)
+            self._reclaims, self._freed = reclaims, taken_unasked()
         return self._freed
 
     def regions(self, tgids: Iterable[int], *, before: bool = False) -> U64:
@@ -255,6 +254,14 @@ def _by_process(keys: Array, values: Array) -> dict[int, U64]:
         int(keys["tgid"][group[0]]): decode(keys["region"][group], values["word"][group])
         for group in groups
     }
+
+
+def taken_unasked() -> int:
+    """Pages given up with MADV_FREE that were reclaimed, and huge pages that were split because
+    they hardly had contents."""
+    names = ("pglazyfreed", "thp_underused_split_page")
+    with open("/proc/vmstat") as file:
+        return sum(int(line.split()[1]) for line in file if line.startswith(names))
 
 
 def decode(regions: U64, words: U64) -> U64:

@@ -1,9 +1,9 @@
 """Where a scan has to look, so that a pause follows what was written and not the target's size.
 
-BPF marks the writes that are page faults. Everything else that changes private memory takes the
-lock of the address space or flushes the TLB, and is counted: what the kernel writes for somebody,
-what is discarded, mapped or moved, and by whomever. As long as no count has changed since all was
-last looked at, only what is marked can differ.
+BPF marks the writes that are page faults. Everything else that changes armed memory takes the lock
+of the address space, and is counted: what the kernel writes for somebody, what is discarded, mapped
+or moved, and by whomever. As long as no count has changed since all was last looked at, only what
+is marked can differ.
 
 This is never taken on trust for long: after a pause in which only marked regions were looked at,
 everything is, while the target runs again. What turns up then without a mark and without a count is
@@ -14,9 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+import numpy as np
+
 from crtrace.track.armer import Look
 from crtrace.track.dirty import Evidence, WrittenPages
-from crtrace.units import U64, count_pages, intersect, merge, no_pages, subtract, to_ranges
+from crtrace.units import (
+    REGION_PAGES,
+    U64,
+    contains,
+    count_pages,
+    distinct,
+    intersect,
+    merge,
+    no_pages,
+    subtract,
+    to_ranges,
+)
 
 
 class Guide:
@@ -29,6 +42,8 @@ class Guide:
         """The counts from before everything was last looked at; None: look at everything."""
         self._in_flight = no_pages()
         self._blind = False
+        self._tgids: set[int] = set()
+        self._foreign = 0
 
     def close(self) -> None:
         """Count no longer."""
@@ -36,11 +51,20 @@ class Guide:
 
     def evidence(self, tgids: Collection[int], changes: int) -> Evidence:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
+        for tgid in set(tgids) - self._tgids:
+            self._marks.live_in(self._space, tgid)
+        self._tgids = set(tgids)
         return (changes, *self._marks.evidence(self._space, tgids))
 
     def map_evidence(self, tgids: Collection[int]) -> Evidence:
         """Counts that stay the same while nobody changes what is mapped."""
         return self._marks.map_evidence(self._space, tgids)
+
+    def visited(self) -> bool:
+        """Whether somebody from outside has been in the space since this was asked last. What he
+        pinned there he may write to later."""
+        before, self._foreign = self._foreign, self._marks.foreign_visits(self._space)
+        return before != self._foreign
 
     def holds(self, evidence: Evidence) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""
@@ -65,7 +89,9 @@ class Guide:
         """A scan after a switch, with the target running, has found ``written``; ``pages`` were
         marked before. A fault marks its page before it changes it: what was marked and not found
         may still be to come."""
-        self._in_flight = subtract(to_ranges(pages), written)
+        # A huge page can come with it.
+        regions = to_ranges(distinct(pages[~contains(written, pages)] // np.uint64(REGION_PAGES)))
+        self._in_flight = merge(regions * np.uint64(REGION_PAGES))
 
     def stopped(self) -> None:
         """All was scanned while no fault was under way."""

@@ -14,11 +14,13 @@ import os
 import subprocess
 import sys
 import time
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import numpy as np
 
 from crtrace.errors import FeatureMissing
 from crtrace.linux import bpf
@@ -34,9 +36,11 @@ TARGETS = 4_096
 RING_PAGES = 512
 """4096-byte pages of the ring that tells of newly marked regions: 87,000 of 24 bytes each."""
 
+KEY = np.dtype([("tgid", "<u4"), ("reserved", "<u4"), ("region", "<u8")])
+"""``struct region_key`` of bpf/track.h."""
 MAPS = (
     "written0", "written1", "targets", "generation", "totals", "question", "controller", "visits",
-    "faulting", "fresh",
+    "homes", "faulting", "fresh",
 )  # fmt: skip
 RAW_TRACEPOINTS = (
     "page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned", "mmap_lock_released",
@@ -46,21 +50,19 @@ TRACEPOINTS = (
     ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
 )  # fmt: skip
 RESOLVER = "resolve"
-FLUSHED = ("flushed", "tlb_flush")
-"""A program, and its raw tracepoint: scans are bounded only where it can be loaded."""
 
 
 @dataclass(slots=True)
 class Programs:
     """Descriptors of the loaded maps by name; attachments live until :meth:`close`.
 
-    ``origin`` says where the code came from; ``guides``: whether marks can bound scans.
+    ``origin`` says where the code came from.
     """
 
     maps: dict[str, int]
+    ring: bpf.Ring
     resolver: int
     attachments: list[int]
-    guides: bool
     seconds: float
     origin: str
 
@@ -77,6 +79,7 @@ class Programs:
 
     def close(self) -> None:
         """Detach and unload everything; it may be called twice."""
+        self.ring.close()
         for fd in (*self.maps.values(), self.resolver, *self.attachments):
             os.close(fd)
         self.maps, self.attachments = {}, []
@@ -139,17 +142,13 @@ class Loading:
             for category, name in TRACEPOINTS:
                 program = loaded[f"tracepoint__{category}__{name}"]
                 attachments.append(held(bpf.attach_tracepoint(program, category, name)))
-            program_name, tracepoint = FLUSHED
-            guides = program_name in loaded
-            if guides:
-                link = bpf.attach_raw_tracepoint(loaded[program_name], tracepoint)
-                attachments.append(held(link))
+            maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
+            ring = bpf.Ring(maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
             undo.pop_all()
         resolver = loaded.pop(RESOLVER)
         for fd in loaded.values():
             os.close(fd)  # what is attached stays
-        maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
-        return Programs(maps, resolver, attachments, guides, time.monotonic() - self._began, origin)
+        return Programs(maps, ring, resolver, attachments, time.monotonic() - self._began, origin)
 
     def _made(self, each: BpfMap) -> int:
         entries = self._regions if each.name.startswith("written") else each.entries
@@ -207,8 +206,6 @@ def _compile() -> Bytecode:
         ],
     )
     program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
-    with suppress(Exception):  # BCC raises nothing finer
-        program.load_func(FLUSHED[0], BPF.RAW_TRACEPOINT)
     tables = [program[name] for name in MAPS]
     return Bytecode(
         headers.source,
@@ -230,7 +227,6 @@ def _programs(program: Any, fds: list[int]) -> list[BpfProgram]:
         *(f"tracepoint__{category}__{each}" for category, each in TRACEPOINTS),
         *(f"raw_tracepoint__{each}" for each in RAW_TRACEPOINTS),
         RESOLVER,
-        *(FLUSHED[:1] if FLUSHED[0].encode() in program.funcs else ()),
     ):
         kind = bpf.TRACEPOINT if name.startswith("tracepoint") else bpf.RAW_TRACEPOINT
         found.append(BpfProgram.of(name, kind, program.dump_func(name.encode()), fds))

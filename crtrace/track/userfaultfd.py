@@ -131,6 +131,8 @@ class UserfaultfdArmer:
         when they arrive."""
         self._swapped = no_pages()
         """Swapped out when last looked at."""
+        self._unprotected = no_pages()
+        """Not armed when last looked at, or shortly before."""
         self._effort = 0
         """How much a scan of everything has to do, in pages."""
         self.ldt = b""
@@ -194,6 +196,7 @@ class UserfaultfdArmer:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._adopt(space, fresh, stopped) if len(fresh) else fresh
+        self._unprotected = fresh if within is None else merge(fresh, self._unprotected)
         windows = self._windows(space, within)
         if self._uncleared:
             self._clear_marks(space, stopped)
@@ -215,13 +218,14 @@ class UserfaultfdArmer:
     def _windows(self, space: AddressSpace, within: U64 | None) -> U64 | None:
         """Where to look, given the bounds; None: everywhere.
 
-        Mapped files are not bounded: who cuts one off takes no lock of its mappers. Nor is what was
-        not in memory: that can be discarded without flushing the TLB.
+        Mapped files are not bounded: who cuts one off takes no lock of its mappers. Nor is what is
+        not armed, or was not in memory: newer kernels discard such pages without that lock.
         """
         if within is None or self._doubtful or self._uncleared or not self.boundable():
             return None
-        away = merge(self._moving, self._swapped)
-        within = merge(intersect(within, space.anonymous), space.private_files, away)
+        refused = space.ranges(self._is_refused) if self._refused else no_pages()
+        beyond = merge(space.private_files, refused, self._unprotected, self._moving, self._swapped)
+        within = merge(intersect(within, space.anonymous), beyond)
         windows = _joined(within, A_CALL)
         worth = count_pages(windows) + A_CALL * len(windows) < self._effort
         return windows if worth else None

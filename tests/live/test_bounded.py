@@ -15,9 +15,10 @@ import pytest
 
 from crtrace.linux.pagemap import OWN, KernelScanner
 from crtrace.linux.procfs import Process
-from crtrace.track import dirty, loader, userfaultfd
+from crtrace.track import loader, userfaultfd
 from crtrace.track.bytecode import BpfMap
 from crtrace.track.dirty import WrittenPages
+from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading
 from crtrace.units import PAGE_SIZE, Pid
 from tests.live.conftest import Spawn
@@ -161,8 +162,7 @@ def test_a_ring_that_is_full_makes_scans_look_everywhere(
         return made(loading, one_page if each.name == "fresh" else each)
 
     monkeypatch.setattr(Loading, "_made", with_a_small_ring)
-    monkeypatch.setattr(dirty, "RING_PAGES", 1)
-    assert loader.RING_PAGES > 1
+    monkeypatch.setattr(loader, "RING_PAGES", 1)
     target = spawn("bench", "--mib", 400)  # 200 regions; the ring holds 170
     with judged(target.pid, tmp_path / "chain") as judge:
         judge.take()
@@ -191,6 +191,34 @@ def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
             os.system(f"cat /proc/{second.pid}/smaps > /dev/null")
             after = [marks.evidence(space, []) for space in spaces]
             assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
+
+
+def test_a_fault_under_way_over_the_first_scan_is_awaited_in_its_whole_region(
+    spawn: Spawn,
+) -> None:
+    with Loading().result() as programs, Process(Pid(spawn("layout").pid)) as process:
+        marks = WrittenPages(programs)
+        guide = Guide(marks, marks.space_behind(partial(_look, process)))
+        found = np.array([[1000, 1002]], dtype=np.uint64)
+        guide.marked(np.array([1000, 1001, 5000], dtype=np.uint64), found)
+        assert guide.bounds([1], turned=False).tolist() == [[4608, 5120]]
+        guide.stopped()
+        assert not len(guide.bounds([1], turned=False))
+
+
+def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn) -> None:
+    target = spawn("layout")
+    with Loading().result() as programs, Process(Pid(target.pid)) as process:
+        marks = WrittenPages(programs)
+        tgid = marks.add(process)
+        space = marks.space_behind(partial(_look, process))
+        marks.live_in(space, tgid)
+        before = marks.evidence(space, [tgid])
+        target.obey("brk +4")
+        assert marks.evidence(space, [tgid]) != before
+        assert marks.foreign_visits(space) == 0
+        os.system(f"cat /proc/{process.pid}/smaps > /dev/null")
+        assert marks.foreign_visits(space) > 0
 
 
 def _look(process: Process) -> None:

@@ -20,6 +20,16 @@ def test_setup_has_nothing_to_say_when_nothing_is_to_do(kind: str) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, b"", b"")
 
 
+def test_setup_names_packages_and_does_nothing() -> None:
+    def named(*kind: str) -> list[str]:
+        return subprocess.check_output(
+            [ROOT / "scripts/setup", "packages", *kind], text=True, cwd="/"
+        ).split()
+
+    assert "python3-bpfcc" in named() == named("run")
+    assert set(named("run")) < set(named("demo")) < set(named("test")) < set(named("vm"))
+
+
 def test_setup_refuses_a_kind_that_it_does_not_know() -> None:
     done = subprocess.run(
         [ROOT / "scripts/setup", "everything"], capture_output=True, text=True, check=False
@@ -30,7 +40,7 @@ def test_setup_refuses_a_kind_that_it_does_not_know() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["setup", "crtrace", "demo", "test", "fuzz",
+    ["setup", "crtrace", "demo", "test", "fuzz", "vm",
      "bench", "bench-pause", "bench-tree", "bench-chain"],
 )  # fmt: skip
 def test_scripts_are_programs(name: str) -> None:

@@ -1,0 +1,265 @@
+"""Run this tree in virtual machines with other kernels: ``scripts/vm`` is the way to start this."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, NoReturn
+
+from scripts.vm_box import NAME, get_box
+from scripts.vm_image import KERNELS, find_kernel, get_image
+from scripts.vm_machine import TREE, Size, VmError, command_text, run, say
+
+CACHE = Path("/var/cache/crtrace/vm")
+HOST = "host"
+KNOWN = [kernel.version for kernel in KERNELS]
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+FAILED = 125
+"""The exit code when there is none of the command, as podman and docker have it."""
+
+# On the host and in a guest alike: whether watching works, then the tests.
+TESTS = """\
+scripts/setup test >&2
+scripts/crtrace check --json >"$CRTRACE_RESULTS/check.json" || true
+exec scripts/test --junitxml="$CRTRACE_RESULTS/junit.xml" "$@"
+"""
+
+EPILOG = f"""\
+Kernels: {", ".join(f"{kernel.version} (Debian {kernel.suite})" for kernel in KERNELS)}.
+An image of each is made when it is first needed, in some minutes, and again when its recipe
+has changed. That needs root, 4 GB of disk and the network: Debian from the mirror that apt
+uses here, and PyPI as pip is configured. CI and all CRTRACE_* of the environment are handed to
+the guest. KVM is used where a guest comes up with it, otherwise QEMU emulates the processor,
+which is ten times slower or more. The exit code is the command's, or {FAILED} when the machine
+failed.
+"""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks for."""
+
+    kernels: list[str]
+    size: Size
+    cache: Path
+    mirror: str | None
+    results: Path
+    words: list[str]
+    """The command, or arguments of pytest."""
+
+
+# --- Running ------------------------------------------------------------------------------------
+
+
+def variables() -> dict[str, str]:
+    """What of the environment goes into a guest."""
+    return {name: value for name, value in os.environ.items()
+            if name == "CI" or name.startswith("CRTRACE_")}  # fmt: skip
+
+
+def in_guest(
+    version: str, command: Sequence[str], options: Options, out: IO[bytes],
+    results: Path | None = None,
+) -> int:  # fmt: skip
+    """Run a command on a kernel of the list; the exit code is the command's."""
+    image = get_image(find_kernel(version), options.mirror, options.size, options.cache)
+    text = command_text(command, variables())
+    return run(image, options.size, text, options.cache,
+               out=out, err=sys.stderr.buffer, results=results)  # fmt: skip
+
+
+def run_tests(where: str, options: Options, out: IO[bytes]) -> int:
+    """Run the tests on a kernel of the list or on the host, and keep what they reported."""
+    results = options.results / where
+    shutil.rmtree(results, ignore_errors=True)
+    results.mkdir(parents=True)
+    command = ["bash", "-euc", TESTS, "tests", *options.words]
+    if where == HOST:
+        environment = {**os.environ, "CRTRACE_RESULTS": str(results)}
+        code = subprocess.run(
+            command, cwd=TREE, env=environment, stdout=out, check=False
+        ).returncode
+    else:
+        code = in_guest(where, command, options, out, results)
+    say(f"results are in {results}")
+    return code
+
+
+# --- Results ------------------------------------------------------------------------------------
+
+
+@dataclass
+class Outcome:
+    """What came out of the tests in one place."""
+
+    kernel: str
+    armer: str = "?"
+    passed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many, by reason."""
+    failed: list[str] = field(default_factory=list)
+
+
+def read_check(outcome: Outcome, text: str) -> None:
+    """Take the kernel and the armer from what ``crtrace check --json`` printed."""
+    facts = json.loads(text)
+    probes = {probe["name"]: probe for probe in facts["probes"]}
+    outcome.kernel += f": {probes['machine']['found'].rpartition(', ')[2]}"
+    armed = probes["userfaultfd write protection"]["ok"]
+    outcome.armer = ("userfaultfd" if armed else "compare") if facts["works"] else "cannot watch"
+
+
+def read_junit(outcome: Outcome, text: str) -> None:
+    """Count what a JUnit report of pytest has."""
+    for case in ET.fromstring(text).iter("testcase"):
+        name = f"{case.get('classname')}::{case.get('name')}"
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome.failed.append(name)
+        elif skipped is not None:
+            outcome.skipped[skipped.get("message", "").removeprefix("cannot run here: ")] += 1
+        else:
+            outcome.passed += 1
+
+
+def outcome_in(directory: Path, code: int) -> Outcome:
+    """Read the results that are there; that a report is missing is a failure, too."""
+    outcome = Outcome(directory.name)
+    check, junit = directory / "check.json", directory / "junit.xml"
+    if check.exists() and check.stat().st_size:
+        read_check(outcome, check.read_text())
+    if junit.exists():
+        read_junit(outcome, junit.read_text())
+    if code and not outcome.failed:
+        outcome.failed.append(f"scripts/test as a whole, exit code {code}")
+    return outcome
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The results as Markdown."""
+    lines = ["| kernel | armer | passed | skipped | failed |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {each.kernel} | {each.armer} | {each.passed} "
+        f"| {each.skipped.total()} | {len(each.failed)} |"
+        for each in outcomes
+    ]
+    for each in outcomes:
+        notes = [f"- skipped, {count}: {why}" for why, count in each.skipped.most_common()]
+        notes += [f"- failed: {name}" for name in each.failed]
+        if notes:
+            lines += ["", f"{each.kernel}", "", *notes]
+    return "\n".join([*lines, ""])
+
+
+# --- Commands -----------------------------------------------------------------------------------
+
+
+def command_run(options: Options) -> int:
+    return in_guest(options.kernels[0], options.words, options, sys.stdout.buffer)
+
+
+def command_test(options: Options) -> int:
+    return run_tests(options.kernels[0], options, sys.stdout.buffer)
+
+
+def command_matrix(options: Options) -> int:
+    outcomes = []
+    for where in [*options.kernels, HOST]:
+        say(f"=== {where}")
+        code = run_tests(where, options, sys.stderr.buffer)
+        outcomes.append(outcome_in(options.results / where, code))
+    print(table(outcomes), end="")
+    return int(any(outcome.failed for outcome in outcomes))
+
+
+def command_box(options: Options) -> int:
+    catalogue = get_box(options.mirror, options.cache)
+    print(f"vagrant box add {catalogue}\nCRTRACE_BOX={NAME} vagrant up --provider=libvirt")
+    return 0
+
+
+COMMANDS = {"run": command_run, "test": command_test, "matrix": command_matrix, "box": command_box}
+
+
+def parser() -> argparse.ArgumentParser:
+    """What stands before ``--`` on the command line."""
+    whole = argparse.ArgumentParser(
+        prog="scripts/vm", epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Run this tree in virtual machines with other kernels.",
+    )  # fmt: skip
+    making = argparse.ArgumentParser(add_help=False)
+    making.add_argument("--cache", type=Path, default=CACHE, metavar="DIR",
+                        help=f"where images are kept, {CACHE} otherwise")  # fmt: skip
+    making.add_argument("--mirror", metavar="URL", help="where Debian is, to make an image")
+    making.set_defaults(cpus=min(os.cpu_count() or 1, 4), memory=4096, kernel=None, results=None)
+    running = argparse.ArgumentParser(add_help=False, parents=[making])
+    running.add_argument("--cpus", type=int, metavar="N")
+    running.add_argument("--memory", type=int, metavar="MIB")
+    running.add_argument("--kernel", choices=KNOWN, action="append",
+                         help=f"{KNOWN[0]} otherwise; matrix: all")  # fmt: skip
+    testing = argparse.ArgumentParser(add_help=False, parents=[running])
+    testing.add_argument("--results", type=Path, metavar="DIR",
+                         help="where reports go, in the cache otherwise")  # fmt: skip
+
+    commands = whole.add_subparsers(dest="command", required=True)
+    for name, options, text, words in (
+        ("run", running, "run a command in a copy of the tree", "-- COMMAND..."),
+        ("test", testing, "run scripts/test there", "[-- PYTEST ARGUMENTS...]"),
+        ("matrix", testing, "run scripts/test on all kernels and on the host, and print a table",
+         "[-- PYTEST ARGUMENTS...]"),
+        ("box", making, "make a Vagrant box for the Vagrantfile, and say how to use it", ""),
+    ):  # fmt: skip
+        usage = f"scripts/vm {name} [options] {words}"
+        commands.add_parser(name, help=text, description=text, usage=usage, parents=[options])
+    return whole
+
+
+def parse(arguments: Sequence[str]) -> tuple[str, Options]:
+    """The command, and what it is to do."""
+    dashes = arguments.index("--") if "--" in arguments else len(arguments)
+    words = list(arguments[dashes + 1 :])
+    found = parser().parse_args(arguments[:dashes])
+    if found.command == "run" and not words:
+        parser().error("what is to be run? scripts/vm run [options] -- COMMAND...")
+    kernels = found.kernel or (KNOWN if found.command == "matrix" else KNOWN[:1])
+    if found.command != "matrix" and len(kernels) > 1:
+        parser().error("only matrix takes more than one --kernel")
+    cache = found.cache.absolute()
+    results = (found.results or cache / "results").absolute()
+    size = Size(found.cpus, found.memory)
+    return found.command, Options(kernels, size, cache, found.mirror, results, words)
+
+
+def _end(number: int, _frame: object) -> NoReturn:
+    """End by an exception, so that all that was started and made goes on the way out."""
+    for each in ENDING:
+        signal.signal(each, signal.SIG_IGN)
+    raise SystemExit(128 + number)
+
+
+def main() -> int:
+    for number in ENDING:
+        signal.signal(number, _end)
+    command, options = parse(sys.argv[1:])
+    if os.geteuid() != 0:
+        say("root is needed to make images and to run the tests here, and there is no sudo")
+        return 11
+    try:
+        return COMMANDS[command](options)
+    except VmError as error:
+        say(str(error))
+        return FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from crtrace.errors import FeatureMissing
 from crtrace.linux.events import open_accounting
 from crtrace.track.loader import Loading, Programs
+from crtrace.track.userfaultfd import try_on_ourselves
 from tests.live.harness import Target
 
 HERE = Path(__file__).parent
@@ -39,6 +41,15 @@ def spawn() -> Iterator[Spawn]:
     """Start targets that end with the test: ``spawn("writer", "--mib", 4)``."""
     with contextlib.ExitStack() as stack:
         yield lambda program, *options: stack.enter_context(Target(program, *options))
+
+
+@pytest.fixture(scope="session")
+def userfaultfd() -> None:
+    """Skip what is only so where the kernel notes the first write to a page."""
+    try:
+        try_on_ourselves()
+    except (OSError, FeatureMissing):
+        pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
 
 
 @contextlib.contextmanager

@@ -221,6 +221,7 @@ def test_changes_of_the_address_space_are_counted(spawn: Spawn, programs: Progra
         assert marks.counts(number).map_changes == before
 
 
+@pytest.mark.usefixtures("userfaultfd")
 def test_bpf_and_scan_agree_on_scattered_writes(spawn: Spawn, tmp_path: Path) -> None:
     target = spawn("writer", "--mib", 64, "--threads", 2, "--rate", 20, "--fill", 1)
     with judged(target.pid, tmp_path / "chain") as judge:
@@ -232,6 +233,7 @@ def test_bpf_and_scan_agree_on_scattered_writes(spawn: Spawn, tmp_path: Path) ->
         assert stats["bpf_lost_events"] == 0
 
 
+@pytest.mark.usefixtures("userfaultfd")
 def test_watch_works_from_inside_a_pid_namespace(tmp_path: Path) -> None:
     """Both the watcher and its target have other numbers there than the kernel counts by."""
     fifo = tmp_path / "ready"

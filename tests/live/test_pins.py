@@ -11,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from crtrace.errors import FeatureMissing
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.userfaultfd import UserfaultfdArmer, try_on_ourselves
+from crtrace.track.userfaultfd import UserfaultfdArmer
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, Pid, contains, merge
 from tests.live.conftest import Spawn
 from tests.live.harness import Target, read_mem
@@ -151,13 +150,9 @@ def test_descriptors_for_direct_reading_are_counted(
 
 
 @pytest.fixture
-def armed(process: Process) -> Iterator[tuple[UserfaultfdArmer, AddressSpace]]:
+def armed(process: Process, userfaultfd: None) -> Iterator[tuple[UserfaultfdArmer, AddressSpace]]:
     """The target armed by userfaultfd, all its pages protected."""
     space = AddressSpace(process)
-    try:
-        try_on_ourselves()
-    except (OSError, FeatureMissing):
-        pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
     with closing(UserfaultfdArmer(process, space)) as armer:
         with StoppedProcess(process) as stopped:
             armer.arm(stopped)

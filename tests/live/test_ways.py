@@ -244,7 +244,9 @@ def scene(directory: Path, seed: int) -> Iterator[Scene]:
 
 @pytest.fixture(params=ARMERS, scope="module")
 def armer(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each test runs with every armer."""
+    """Each test runs with every armer that the kernel has what it needs for."""
+    if request.param == "userfaultfd":
+        request.getfixturevalue("userfaultfd")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CRTRACE_ARMER", request.param)
         yield request.param

@@ -256,6 +256,8 @@ def main() -> int:
         return 11
     try:
         return COMMANDS[command](options)
+    except BrokenPipeError:
+        return 128 + signal.SIGPIPE  # whoever reads what the guest says has had enough
     except VmError as error:
         say(str(error))
         return FAILED

@@ -34,11 +34,11 @@ READY_WITHIN = {"kvm": 60, "tcg": 900}
 
 CPU = {"kvm": "host", "tcg": "max"}
 CMDLINE = "root=/dev/vda rw console=ttyS0 quiet panic=-1 net.ifnames=0 secretmem.enable=1"
-# Unknown variables become the environment of the first process. Emulated, a test takes ten times as
-# long as its limit allows for, and page tables that are switched in each system call cost most.
+# Unknown variables become the environment of the first process. Emulated, a test takes longer than
+# its limits allow for, and page tables that are switched in each system call cost most.
 CMDLINE_OF = {
     "kvm": "",
-    "tcg": "mitigations=off PYTEST_TIMEOUT=3600",
+    "tcg": "mitigations=off PYTEST_TIMEOUT=3600 CRTRACE_SLOWNESS=20",
 }
 
 

@@ -706,6 +706,7 @@ def test_an_export_onto_a_full_disk_leaves_nothing(spawn: Spawn, chain: Path, di
     assert names(disk) == set()
 
 
+@pytest.mark.usefixtures("userfaultfd")
 def test_a_target_that_tracks_its_own_writes_is_busy(spawn: Spawn, tmp_path: Path) -> None:
     target = spawn("lazy", "--async", 1)
     path = tmp_path / "chain"

@@ -210,6 +210,7 @@ def test_a_hard_limit_is_raised_for_a_moment_by_who_may(
     end(target)
 
 
+@pytest.mark.usefixtures("userfaultfd")
 def test_without_the_privilege_to_raise_the_limit_the_target_is_busy(
     spawn: Spawn, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from tests.live.harness import Target
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
 
 __all__ = ["machine"]
+pytestmark = pytest.mark.usefixtures("userfaultfd")
 MOMENTS = {"after the last scan before the pause": "_pause", "after the pause": "_look_back"}
 """And the step of a session that comes next."""
 COMPACT = Path("/proc/sys/vm/compact_memory")

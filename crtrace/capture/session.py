@@ -255,6 +255,7 @@ class Session:
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, again), scan.unarmed)
         if part.whole and not part.rounds:
+            target.refresh(self._tree.tgids(target))  # not every armer has
             target.advice.read(target.process)
             ranges = merge(ranges, target.armer.everything(), target.vdso())
         before, work.pages = work.pages, work.pages + count_pages(ranges)
@@ -381,7 +382,7 @@ class Session:
         part.bounded = scan.bounded
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)
-        work.unarmed += count_pages(scan.unarmed)
+        part.unarmed = scan.unarmed
         again = merge(scan.written, again, target.pinned(part.scanned))
         residual = subtract(again, part.gone)
         if part.whole and not part.rounds:

@@ -12,7 +12,7 @@ from crtrace.capture.copy import Copied, Failures
 from crtrace.capture.objects import Still
 from crtrace.linux.procfs import FileKey
 from crtrace.track.dirty import Counts
-from crtrace.units import U64, contains, count_pages, merge, no_pages, to_ranges
+from crtrace.units import U64, contains, count_pages, merge, no_pages, subtract, to_ranges
 
 MAX_ROUNDS = 12
 
@@ -36,6 +36,8 @@ class Part:
     gone: U64 = field(default_factory=no_pages)
     marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Written page numbers as BPF saw them."""
+    unarmed: U64 = field(default_factory=no_pages)
+    """What could not be armed, and so counts as written."""
     suspect: U64 = field(default_factory=no_pages)
     """What the last scan found while somebody else was in that memory: to be read again."""
     bounded: bool = False
@@ -77,7 +79,6 @@ class Work:
     pages: int = 0
     """Copied while the targets ran, or about to be."""
     residual: int = 0
-    unarmed: int = 0
     waits_given_back: int = 0
     overflowed: bool = False
     lost_events: int = 0
@@ -155,7 +156,7 @@ class Work:
             "precopy_converged": self.converged,
             "pages_scanned": sum(count_pages(part.scanned) for part in self.parts.values()),
             "pages_residual": self.residual,
-            "pages_unarmed": self.unarmed,
+            "pages_unarmed": sum(count_pages(part.unarmed) for part in self.parts.values()),
             "pages_late": sum(part.late for part in self.parts.values()),
             "scans_bounded": sum(part.bounded for part in self.parts.values()),
             "pages_compared": self.pages_compared,
@@ -172,11 +173,11 @@ class Work:
         parts = self.parts.values()
         marked = sum(len(part.marked) for part in parts)
         both = sum(int(contains(part.scanned, part.marked).sum()) for part in parts)
-        missed = sum(
-            count_pages(part.scanned) - int(contains(part.scanned, part.marked).sum())
-            for part in parts
-            if not part.fresh
-        )
+        missed = 0
+        for part in parts:
+            armed = subtract(part.scanned, part.unarmed)
+            if not part.fresh:
+                missed += count_pages(armed) - int(contains(armed, part.marked).sum())
         return {
             "bpf_pages": marked,
             "bpf_only": marked - both,

@@ -13,6 +13,7 @@ import pytest
 
 from crtrace.errors import UsageError
 from crtrace.image.reader import Chain
+from crtrace.image.resolve import Source
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pagemap import Filter, KernelScanner, PlainScanner, Scanner
@@ -124,6 +125,21 @@ def test_what_is_copied_before_the_pause_and_again_in_it_is_stored_once(
     assert first["bytes_raw"] < 40 << 20
     assert second["pages_residual"] * PAGE_SIZE > 32 << 20
     assert second["bytes_raw"] < 1 << 20
+
+
+def test_the_vdso_is_in_every_image_and_nothing_counts_as_missed(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CRTRACE_ARMER", "compare")
+    with judged(spawn("layout").pid, tmp_path / "chain") as it:
+        for _ in range(2):
+            it.take()
+            with it.epoch() as epoch:
+                task = epoch.tasks[0]
+                (vdso,) = (vma for vma in task.vmas if vma.name == "[vdso]")
+                sources = [run.source for run in epoch.memory_runs(task, vdso)]
+                assert sources == [Source.STORED]
+    assert it.stats[1]["bpf_missed"] == 0
 
 
 def test_check_says_what_follows_without_userfaultfd() -> None:

@@ -45,8 +45,6 @@ class Target:
         self._guide: Guide | None = None
         self._map_as_of: Evidence | None = None
         """The counts when the map was read."""
-        self._found: U64 | None = None
-        """What the scan right after a switch of generations has found."""
         self.pins = Pins()
         self.limits: list[str] = []
         """What of it is not seen, and why."""
@@ -61,10 +59,10 @@ class Target:
             self.close()
             raise
 
-    def arm(self, marks: WrittenPages) -> None:
+    def arm(self, marks: WrittenPages, tgids: list[int]) -> None:
         """Have its writes noticed from now on, in the best way that works; stops it shortly.
 
-        ``marks`` bound its scans.
+        ``marks`` bound its scans, ``tgids`` run in it.
         """
         armer = choose(self.process, self.map)
         try:
@@ -79,7 +77,9 @@ class Target:
         self.armer, self.armed = armer, True
         if not self.compared:
             space = marks.space_behind(lambda: self.scanner.scan(pagemap.OWN, end=PAGE_SIZE))
-            self._guide = Guide(marks, space) if space else None
+            if space:
+                self._guide = Guide(marks, space)
+                self._guide.settle(tgids)
 
     def close(self) -> None:
         """Disarm; the process goes on. It may be called twice."""
@@ -144,9 +144,7 @@ class Target:
         scan = self.armer.scan(self.map, stopped=stopped, within=within, beside=beside)
         if not scan.bounded:
             guide.everything_seen(evidence)
-        if stopped:
-            guide.stopped()
-        self._found = scan.written if turned else None
+        guide.scanned(scan.written, turned=turned, stopped=stopped)
         return scan
 
     def visited(self) -> bool:
@@ -156,9 +154,8 @@ class Target:
 
     def marked(self, pages: U64) -> None:
         """BPF has marked ``pages``, page numbers, before its last switch of generations."""
-        if self._guide and self._found is not None:
-            self._guide.marked(pages[contains(self.map.private, pages)], self._found)
-            self._found = None
+        if self._guide:
+            self._guide.await_faults(pages[contains(self.map.private, pages)])
 
     def doubt(self) -> None:
         """Something failed: the next scan looks at everything."""

@@ -80,7 +80,7 @@ class Tree:
         try:
             self.root = Member(process, tgid, Target(process, spaces.of_program(process)))
             self.members.append(self.root)
-            self.root.target.arm(marks)
+            self.root.target.arm(marks, [tgid])
             self._add_relatives()
         except BaseException:
             marks.remove(tgid)
@@ -170,7 +170,7 @@ class Tree:
         itself must not be like that without its user's knowing."""
         try:
             if not target.armed:
-                target.arm(self._marks)
+                target.arm(self._marks, self.tgids(target))
         except (CrtraceError, OSError) as error:
             if target is self.root.target and target.lives():
                 raise

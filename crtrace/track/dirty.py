@@ -240,7 +240,7 @@ class WrittenPages:
         keys, values = (np.concatenate(column) for column in zip(*taken, strict=True))
         return _by_process(keys, values)
 
-    def marked(self) -> dict[int, U64]:
+    def marked_now(self) -> dict[int, U64]:
         """What has been marked since the last :meth:`switch`, in the same form."""
         return _by_process(*self._written[self._generation].peek())
 

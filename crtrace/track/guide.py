@@ -40,6 +40,7 @@ class Guide:
         self._space = space
         self._since: Evidence | None = None
         """The counts from before everything was last looked at; None: look at everything."""
+        self._found: U64 | None = None
         self._in_flight = no_pages()
         self._blind = False
         self._tgids: set[int] = set()
@@ -49,15 +50,19 @@ class Guide:
         """Count no longer."""
         self._marks.leave_space(self._space)
 
-    def evidence(self, tgids: Collection[int], changes: int) -> Evidence:
-        """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
-        for tgid in set(tgids) - self._tgids:
+    def settle(self, tgids: Collection[int]) -> None:
+        """Who runs in it is no visitor."""
+        for tgid in set(tgids) - self._tgids - {0}:
             self._marks.live_in(self._space, tgid)
         self._tgids = set(tgids)
+
+    def evidence(self, tgids: Collection[int], changes: int) -> Evidence:
+        """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
         return (changes, *self._marks.evidence(self._space, tgids))
 
     def map_evidence(self, tgids: Collection[int]) -> Evidence:
         """Counts that stay the same while nobody changes what is mapped."""
+        self.settle(tgids)
         return self._marks.map_evidence(self._space, tgids)
 
     def visited(self) -> bool:
@@ -85,22 +90,28 @@ class Guide:
         """Look at everything next time."""
         self._since = None
 
-    def marked(self, pages: U64, written: U64) -> None:
-        """A scan after a switch, with the target running, has found ``written``; ``pages`` were
-        marked before. A fault marks its page before it changes it: what was marked and not found
-        may still be to come."""
-        # A huge page can come with it.
-        regions = to_ranges(distinct(pages[~contains(written, pages)] // np.uint64(REGION_PAGES)))
-        self._in_flight = merge(regions * np.uint64(REGION_PAGES))
+    def scanned(self, written: U64, *, turned: bool, stopped: bool) -> None:
+        """A scan has found ``written``; ``turned``: right after a switch of generations."""
+        self._found = written if turned else None
+        if stopped:
+            self._in_flight = no_pages()
 
-    def stopped(self) -> None:
-        """All was scanned while no fault was under way."""
-        self._in_flight = no_pages()
+    def await_faults(self, pages: U64) -> None:
+        """BPF has marked ``pages``, page numbers, before its last switch of generations.
+
+        A fault marks its page before it changes it: what was marked and not found by the scan that
+        followed may still be to come, and a huge page with it.
+        """
+        if self._found is not None:
+            coming = pages[~contains(self._found, pages)]
+            regions = to_ranges(distinct(coming // np.uint64(REGION_PAGES)))
+            self._in_flight = merge(regions * np.uint64(REGION_PAGES))
+        self._found = None
 
     def unexplained(self, look: Look, tgids: Collection[int], gone: U64) -> int:
         """Pages that have changed since the pause without a mark; ``look`` was taken after it, and
         ``gone`` had no contents in it."""
-        marked = self._marks.marked()
+        marked = self._marks.marked_now()
         ours = merge(*(to_ranges(marked[tgid]) for tgid in tgids if tgid in marked))
         # A fault can bring more than its own page, where there was none.
         ours = merge(ours, intersect(self._marks.regions(tgids), gone))

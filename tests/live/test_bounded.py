@@ -201,9 +201,10 @@ def test_a_fault_under_way_over_the_first_scan_is_awaited_in_its_whole_region(
         marks = WrittenPages(programs)
         guide = Guide(marks, marks.space_behind(partial(_look, process)))
         found = np.array([[1000, 1002]], dtype=np.uint64)
-        guide.marked(np.array([1000, 1001, 5000], dtype=np.uint64), found)
+        guide.scanned(found, turned=True, stopped=False)
+        guide.await_faults(np.array([1000, 1001, 5000], dtype=np.uint64))
         assert guide.bounds([1], turned=False).tolist() == [[4608, 5120]]
-        guide.stopped()
+        guide.scanned(found, turned=False, stopped=True)
         assert not len(guide.bounds([1], turned=False))
 
 

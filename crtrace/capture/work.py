@@ -49,15 +49,16 @@ class Part:
     def __post_init__(self) -> None:
         self.scanned = self.carried
 
-    def found(self, written: U64, visited: bool) -> U64:
-        """A scan reported these pages written, and has armed them again, with somebody else in that
-        memory shortly before if ``visited``. Pages to read besides: carried over, not readable
-        before, or suspect."""
+    def found(self, written: U64, unarmed: U64, visited: bool) -> U64:
+        """A scan reported these pages written, and has armed them again but for ``unarmed``, with
+        somebody else in that memory shortly before if ``visited``. Pages to read besides: carried
+        over, not readable before, or suspect."""
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
         carried = no_pages() if self.rounds else self.carried
         again = merge(carried, to_ranges(failed), self.suspect)
         self.scanned = merge(self.scanned, written)
-        self.suspect = written if visited else no_pages()
+        self.suspect = subtract(written, unarmed) if visited else no_pages()
+        self.unarmed = unarmed
         return again
 
     def copied(self, ranges: U64, copied: Copied) -> None:

@@ -251,7 +251,9 @@ class Session:
             turned=work.rounds == 0,
             beside=self._beside,
         )
-        again = part.found(scan.written, scan.unarmed, target.visited())
+        again = part.found(scan.written, scan.unarmed)
+        if not target.visited():
+            part.trust()
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, again), scan.unarmed)
         if part.whole and not part.rounds:
@@ -378,7 +380,9 @@ class Session:
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
         scan = target.scan(self._tree.tgids(target), stopped=True, beside=self._beside)
-        again = part.found(scan.written, scan.unarmed, target.visited())
+        again = part.found(scan.written, scan.unarmed)
+        if not target.visited():
+            part.trust()
         part.bounded = scan.bounded
         vdso = target.vdso()
         part.gone = subtract(scan.gone, vdso)

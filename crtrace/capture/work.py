@@ -49,17 +49,23 @@ class Part:
     def __post_init__(self) -> None:
         self.scanned = self.carried
 
-    def found(self, written: U64, unarmed: U64, visited: bool) -> U64:
-        """A scan reported these pages written, and has armed them again but for ``unarmed``, with
-        somebody else in that memory shortly before if ``visited``. Pages to read besides: carried
-        over, not readable before, or suspect."""
+    def found(self, written: U64, unarmed: U64) -> U64:
+        """A scan reported these pages written, and has armed them again but for ``unarmed``.
+
+        They are suspect until :meth:`trust`. Returns pages to read besides: carried over, not
+        readable before, or suspect.
+        """
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
         carried = no_pages() if self.rounds else self.carried
         again = merge(carried, to_ranges(failed), self.suspect)
         self.scanned = merge(self.scanned, written)
-        self.suspect = subtract(written, unarmed) if visited else no_pages()
+        self.suspect = subtract(written, unarmed)
         self.unarmed = unarmed
         return again
+
+    def trust(self) -> None:
+        """Nobody else was in that memory when the last scan armed it."""
+        self.suspect = no_pages()
 
     def copied(self, ranges: U64, copied: Copied) -> None:
         """Pages were copied; those that failed before were among them."""

@@ -54,7 +54,7 @@ def expand(ranges: U64) -> U64:
 
 
 def distinct(values: npt.NDArray[Number]) -> npt.NDArray[Number]:
-    """The different ones, ascending; ``np.unique`` takes 20 times as long, and loads more code."""
+    """The different ones, ascending; ``np.unique`` is far slower on what is nearly sorted."""
     ordered = np.sort(values)
     new = np.ones(len(ordered), dtype=np.bool_)
     np.not_equal(ordered[1:], ordered[:-1], out=new[1:])

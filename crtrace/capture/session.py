@@ -28,7 +28,7 @@ from crtrace.image.store import ChainWriter
 from crtrace.linux.events import open_accounting
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
-from crtrace.track.armer import EVERYTHING
+from crtrace.track.armer import EVERYTHING, Scan
 from crtrace.track.dirty import WrittenPages
 from crtrace.units import (
     CHUNK_PAGES,
@@ -245,23 +245,26 @@ class Session:
         part = work.parts[target.space]
         if target.fresh and not part.rounds:
             self._inherit(image, target)
-        scan = target.scan(
-            self._tree.tgids(target),
-            stopped=False,
-            turned=work.rounds == 0,
-            beside=self._beside,
-        )
-        again = part.found(scan.written, scan.unarmed)
-        if not target.visited():
-            part.trust()
+        scan, again = self._found(target, part, stopped=False, turned=work.rounds == 0)
         # What cannot be armed would have to be read again in the pause anyway.
         ranges = subtract(merge(scan.written, again), scan.unarmed)
         if part.whole and not part.rounds:
             target.refresh(self._tree.tgids(target))  # not every armer has
             target.advice.read(target.process)
-            ranges = merge(ranges, target.armer.everything(), target.vdso())
+            ranges = merge(ranges, target.armer.everything(), target.map.vdso)
         before, work.pages = work.pages, work.pages + count_pages(ranges)
         self._copy(target, part, ranges, self._reporter(work, before))
+
+    def _found(
+        self, target: Target, part: Part, *, stopped: bool, turned: bool = False
+    ) -> tuple[Scan, U64]:
+        """What a scan finds, kept at once, and pages to read besides."""
+        tgids = self._tree.tgids(target)
+        scan = target.scan(tgids, stopped=stopped, turned=turned, beside=self._beside)
+        again = part.found(scan.written, scan.unarmed)
+        if not target.visited():
+            part.trust()
+        return scan, again
 
     def _inherit(self, image: ImageWriter, target: Target) -> None:
         """A new process has most of its pages from its parent: refer to those."""
@@ -379,12 +382,9 @@ class Session:
         return changed
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
-        scan = target.scan(self._tree.tgids(target), stopped=True, beside=self._beside)
-        again = part.found(scan.written, scan.unarmed)
-        if not target.visited():
-            part.trust()
+        scan, again = self._found(target, part, stopped=True)
         part.bounded = scan.bounded
-        vdso = target.vdso()
+        vdso = target.map.vdso
         part.gone = subtract(scan.gone, vdso)
         again = merge(scan.written, again, target.pinned(part.scanned))
         residual = subtract(again, part.gone)

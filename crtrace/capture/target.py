@@ -117,9 +117,14 @@ class Target:
 
     def guided(self, tgids: list[int]) -> bool:
         """Whether a scan now would be bounded by what is marked, or as short without."""
-        if not self._guide or not self.armer.boundable():
-            return True
-        return self._guide.holds(self._guide.evidence(tgids, self.map.changes))
+        guide = self._guide_for(tgids)
+        return not guide or guide.holds(guide.evidence(tgids, self.map.changes))
+
+    def _guide_for(self, tgids: list[int]) -> Guide | None:
+        """What bounds a scan, if anything can."""
+        # io_uring's workers are not stopped, so their faults may be under way all the time.
+        unknown = not all(tgids) or self.pins.rings
+        return None if unknown or not self.armer.boundable() else self._guide
 
     def scan(
         self,
@@ -134,9 +139,8 @@ class Target:
         ``tgids``: BPF's numbers of who runs in it. ``turned``: marks go to the next generation
         since just before this scan, and all scans before were in the last one.
         """
-        guide = self._guide
-        # io_uring's workers are not stopped, so their faults may be under way all the time.
-        if not guide or not self.armer.boundable() or not all(tgids) or self.pins.rings:
+        guide = self._guide_for(tgids)
+        if not guide:
             self.doubt()
             return self.armer.scan(self.map, stopped=stopped, beside=beside)
         evidence = guide.evidence(tgids, self.map.changes)
@@ -205,10 +209,6 @@ class Target:
             return no_pages()
         fixed = self.pins.ranges(self.process)
         return merge(fixed, self.recent, scanned if self.pins.direct else no_pages())
-
-    def vdso(self) -> U64:
-        """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""
-        return self.map.vdso
 
 
 def _landmark(process: Process) -> tuple[int, int]:

@@ -31,7 +31,7 @@ from crtrace.image.spool import Spool
 SLICE = 1 << 20
 RESERVE = 64 << 20
 """Space is asked for so many bytes at a time: to find it block by block, as they are written, takes
-half of the processor time of writing them."""
+more processor time."""
 SMALL = 8 << 20
 """Files up to this size do without."""
 

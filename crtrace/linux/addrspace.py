@@ -56,7 +56,7 @@ class AddressSpace:
 
     @property
     def vdso(self) -> U64:
-        """The pages of ``[vdso]``."""
+        """The pages of ``[vdso]``: the kernel's own code, but debuggers want it in every image."""
         return self._kind("vdso", lambda vma: vma.name == "[vdso]")
 
     def _kind(self, name: str, wanted: Callable[[Vma], bool]) -> U64:

@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import partial
 
 import numpy as np
 
@@ -40,10 +42,10 @@ SMALL_GAP = 64  # pages
 UNPROTECTED = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.GUARD | pagemap.WPALLOWED)
 OWN_PROTECTED = Filter(need=pagemap.WPALLOWED, exclude=pagemap.OWN.exclude)
 LARGE = 65_536
-"""Pages from which on a bounded scan may be worth it: 256 MiB are scanned in 0.2 ms
-(``scripts/bench-pause``)."""
+"""Pages from which on a bounded scan may be worth it."""
 A_CALL, A_MAPPING = 2_048, 512
-"""Pages that a scan passes over while another would be begun, and while it begins with a VMA."""
+"""Pages that a scan passes over while another would be begun, and while it begins with a VMA. They
+only decide which of two exact ways is taken."""
 FEW = 512
 """Unprotected pages that are not worth a stop of their own."""
 WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
@@ -221,7 +223,7 @@ class UserfaultfdArmer:
         Mapped files are not bounded: who cuts one off takes no lock of its mappers. Nor is what is
         not armed, or was not in memory: newer kernels discard such pages without that lock.
         """
-        if within is None or self._doubtful or self._uncleared or not self.boundable():
+        if within is None or self._doubtful or self._uncleared:
             return None
         refused = space.ranges(self._is_refused) if self._refused else no_pages()
         beyond = merge(space.private_files, refused, self._unprotected, self._moving, self._swapped)
@@ -235,25 +237,27 @@ class UserfaultfdArmer:
     ) -> tuple[U64, U64, U64]:
         """What was written, now armed again, what is absent, and markers."""
         if beside and windows is None:
-            looking = beside.submit(self._not_present_ranges, space, windows)
-            try:
-                written = self._written(windows)
-            finally:
-                wait([looking])
-            return written, *looking.result()
+            return self._at_once(partial(self._written, None), space, beside)
         return self._written(windows), *self._not_present_ranges(space, windows)
+
+    def _at_once(
+        self, other: Callable[[], U64], space: AddressSpace, beside: ThreadPoolExecutor
+    ) -> tuple[U64, U64, U64]:
+        """What another scan finds, while this one looks everywhere for what is absent."""
+        looking = beside.submit(self._not_present_ranges, space, None)
+        try:
+            found = other()
+        finally:
+            wait([looking])
+        return found, *looking.result()
 
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""
-        looking = beside.submit(self._not_present_ranges, space, None)
-        try:
-            written, _ = self._scanner.scan(WRITTEN_PROTECTED)
-        finally:
-            wait([looking])
-        absent, _ = looking.result()
-        anonymous = space.anonymous
+        written, absent, _ = self._at_once(
+            lambda: self._scanner.scan(WRITTEN_PROTECTED)[0], space, beside
+        )
         written = subtract(merge(written), self._moving)
-        return Look(intersect(written, anonymous), intersect(absent, anonymous))
+        return Look(intersect(written, space.anonymous), intersect(absent, space.anonymous))
 
     def _written(self, windows: U64 | None) -> U64:
         """What was written since it was armed; it is armed again."""

@@ -13,17 +13,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crtrace.linux.pagemap import OWN, KernelScanner
+from crtrace.linux.pagemap import OWN, SWAPPED, Filter, KernelScanner
 from crtrace.linux.procfs import Process
 from crtrace.track import loader, userfaultfd
 from crtrace.track.bytecode import BpfMap
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading
-from crtrace.units import PAGE_SIZE, Pid
+from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged
-from tests.live.harness import Target
+from tests.live.harness import Target, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
 
 __all__ = ["machine"]
@@ -129,8 +129,41 @@ def _write(target: Target, address: int) -> None:
         memory.write(bytes([byte ^ 0xFF]))
 
 
+def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("bench", "--mib", 64)
+    data = max(maps(target.pid), key=lambda vma: vma.end - vma.start)
+    moving: list[int] = []
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        armer = judge.session._tree.root.target.armer
+        assert isinstance(armer, userfaultfd.UserfaultfdArmer)
+        scan, pause = armer._scanner.scan, judge.session._pause
+
+        def as_if_it_moved(want: Filter, *, arm: bool = False, **where: int) -> tuple[U64, U64]:
+            ranges, categories = scan(want, arm=arm, **where)
+            addresses = ranges[:, 0] * np.uint64(PAGE_SIZE)
+            inside = arm & (data.start <= addresses) & (addresses < data.end)
+            moving.extend(addresses[inside].tolist())
+            return ranges, categories | np.uint64(SWAPPED) * inside
+
+        def arrive_and_write(*args: Any) -> Any:
+            _write(target, moving[0])  # nobody notices, as if its protection were lost
+            return pause(*args)
+
+        monkeypatch.setattr(judge.session, "_little", 5)  # so that there is one scan before
+        monkeypatch.setattr(armer._scanner, "scan", as_if_it_moved)
+        monkeypatch.setattr(judge.session, "_pause", arrive_and_write)
+        target.obey("random 8")
+        judge.take()
+        assert judge.stats[-1]["precopy_rounds"] == 1
+        assert judge.stats[-1]["scans_bounded"]
+        assert judge.stats[-1]["pages_late"] == 0
+
+
 @pytest.mark.skipif(not os.access(COMPACT, os.W_OK), reason="the kernel has no compaction")
-def test_pages_that_the_kernel_moves_are_not_taken_for_armed(spawn: Spawn, tmp_path: Path) -> None:
+def test_a_target_is_exact_while_the_kernel_compacts_memory(spawn: Spawn, tmp_path: Path) -> None:
     ended = threading.Event()
 
     def compact() -> None:
@@ -174,9 +207,14 @@ def test_a_ring_that_is_full_makes_scans_look_everywhere(
             target.obey("random 2000")
             return step(*args)
 
+        def untold() -> int:
+            return judge.session._marks.evidence(0, [])[1]
+
+        assert untold() == 0
         monkeypatch.setattr(judge.session, "_pause", write_much)
         judge.take()
         assert not judge.stats[-1]["scans_bounded"]
+        assert untold() > 0
 
 
 def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
@@ -221,6 +259,30 @@ def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn
         assert marks.foreign_visits(space) == 0
         os.system(f"cat /proc/{process.pid}/smaps > /dev/null")
         assert marks.foreign_visits(space) > 0
+
+
+def test_what_was_found_while_somebody_else_was_there_is_read_again(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("layout")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        monkeypatch.setattr(judge.session, "_little", 0)  # so that it is copied before the pause
+        collect = judge.session._collect
+        residual = []
+        for visit in ("true", f"cat /proc/{target.pid}/smaps"):
+
+            def visited(*args: Any, visit: str = visit) -> Any:
+                os.system(f"{visit} > /dev/null")
+                return collect(*args)
+
+            monkeypatch.setattr(judge.session, "_collect", visited)
+            target.obey(f"write anon_written 0 32 {len(residual) + 1}")
+            judge.take()
+            assert judge.stats[-1]["precopy_rounds"] == 1
+            residual.append(judge.stats[-1]["pages_residual"])
+        assert residual[0] < 16
+        assert residual[1] >= 32
 
 
 def _look(process: Process) -> None:

@@ -227,9 +227,9 @@ def across(epoch: Epoch) -> Callable[[int, int], bytes]:
 
 
 @contextlib.contextmanager
-def scene(directory: Path, seed: int) -> Iterator[Scene]:
+def scene(directory: Path, seed: int, *options: object) -> Iterator[Scene]:
     """A target of that seed under watch. In the end it checks itself, and is as it was."""
-    with Target("ways", "--seed", seed) as target:
+    with Target("ways", "--seed", seed, *options) as target:
         with judged(target.pid, directory / "chain") as run:
             scene = Scene(target, run)
             scene.take()
@@ -255,8 +255,8 @@ def armer(request: pytest.FixtureRequest) -> Iterator[str]:
 class Stage:
     """Lends one scene to several tests; a new one after a failure, or when it was used enough."""
 
-    def __init__(self, directories: Iterator[Path]) -> None:
-        self._directories = directories
+    def __init__(self, directories: Iterator[Path], *options: object) -> None:
+        self._directories, self._options = directories, options
         self._open = contextlib.ExitStack()
         self._scene: Scene | None = None
         self._uses = 0
@@ -268,7 +268,9 @@ class Stage:
             self.close()
         self._uses += 1
         if self._scene is None:
-            self._scene = self._open.enter_context(scene(next(self._directories), seed=1))
+            self._scene = self._open.enter_context(
+                scene(next(self._directories), 1, *self._options)
+            )
         self._scene.compared = self._scene.epochs = 0
         self._scene.done = []
         try:

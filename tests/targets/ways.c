@@ -4,7 +4,7 @@
  * Each way has memory of its own and a shadow of what must be there, kept by ordinary stores. What
  * it changes, and to what, follows from --seed and from how often it was asked before.
  *
- * Options: --seed N (1).
+ * Options: --seed N (1), --ring 0 for one without io_uring.
  * Commands:
  *   WAY     "ok", "cannot WHY" where the machine lacks what it takes, else "bad WHY"
  *   areas   [{"way", "data", "shadow", "bytes"}], JSON, of those whose contents are promised:
@@ -309,7 +309,7 @@ static const char *way_direct(struct area *a)
 	return NULL;
 }
 
-static struct ring ring;
+static struct ring ring = { .fd = -1 };
 
 static const char *ring_read(struct area *a, int fd, struct io_uring_sqe request)
 {
@@ -1791,7 +1791,8 @@ int main(int argc, char **argv)
 	last_seed = option("--seed", 1) << 20;
 	mallopt(M_MMAP_THRESHOLD, 0);
 	start_helper();
-	ring_open(&ring, 8);
+	if (option("--ring", 1))
+		ring_open(&ring, 8);
 	syscall(SYS_io_setup, 4, &aio_context);
 	for (size_t i = 0; i < COUNT; i++) {
 		ways[i].acts_on = ways[i].setup ? &ways[i].area : ways[i - 1].acts_on;

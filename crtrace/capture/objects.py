@@ -147,7 +147,7 @@ class MappedObject:
 def _present(mapping: Mapping) -> U64:
     """The pages of the object that are in page tables because of this VMA."""
     vma = mapping.vma
-    ranges, _ = mapping.target.scanner.scan(pagemap.Filter(), start=vma.start, end=vma.end)
+    ranges, _ = mapping.target.scanner.scan(pagemap.Filter(), vma.pages)
     shift = (vma.offset >> PAGE_SHIFT) - vma.first_page
     return (ranges.astype(np.int64) + shift).astype(np.uint64)
 

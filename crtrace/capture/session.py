@@ -26,9 +26,10 @@ from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
 from crtrace.linux.events import open_accounting
+from crtrace.linux.pagemap import EVERYTHING
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
-from crtrace.track.armer import EVERYTHING, Scan
+from crtrace.track.armer import Scan
 from crtrace.track.dirty import WrittenPages
 from crtrace.units import (
     CHUNK_PAGES,
@@ -207,14 +208,16 @@ class Session:
         """
         for target in self._tree.targets():
             work.parts[target.space] = Part(target.carried, full or target.fresh, target.fresh)
-        left = self._tree.faults()
+        left = self._written_since(0)
         left += sum(count_pages(part.carried) for part in work.parts.values())
-        if left > self._little or any(part.whole for part in work.parts.values()):
+        # Where a scan takes a stop of its own, the pause can as well copy a little more.
+        little = AT_ONCE if self._must_stand_still() else self._little
+        if left > little or any(part.whole for part in work.parts.values()):
             left = self._precopy_round(work, image)
             while left > AT_ONCE and work.converging(left):
                 left = self._precopy_round(work, image)
         self._pipeline.hold()
-        if left > self._little or not self._guided():
+        if left > little or not (self._must_stand_still() or self._guided()):
             self._collect(work, image)
 
     def _guided(self) -> bool:
@@ -222,32 +225,68 @@ class Session:
         return all(target.guided(self._tree.tgids(target)) for target in self._tree.targets())
 
     def _precopy_round(self, work: Work, image: ImageWriter) -> int:
-        """Copy and compress what is written now; the pages written meanwhile, as BPF counts."""
+        """Copy and compress what is written now; the pages written meanwhile."""
         faults = self._tree.faults()
         self._collect(work, image)
         self._pipeline.wait_idle()
-        return max(0, self._tree.faults() - faults)
+        return self._written_since(faults)
+
+    def _written_since(self, faults: int) -> int:
+        """Pages that are written and not copied: as many as BPF has counted faults since there were
+        so many, or as an armer knows better."""
+        known = 0
+        for target in self._tree.targets():
+            with _unless_it_ended(target):
+                known += target.armer.written_now() or 0
+        return max(0, self._tree.faults() - faults, known)
 
     def _collect(self, work: Work, image: ImageWriter) -> None:
-        if work.rounds == 0:
+        turned = work.rounds == 0
+        if turned:
             self._marks.switch()
-        for target in self._tree.targets():
-            try:
-                self._collect_one(work, image, target)
-            except TargetGone:
-                if target.lives():
-                    raise
-        if work.rounds == 0:
+        found = {}
+        with self._standing_still(work) as stopped:
+            for target in self._tree.targets():
+                # Who is met only now is read in the pause.
+                if part := work.parts.get(target.space):
+                    with _unless_it_ended(target):
+                        found[target] = self._found(target, part, stopped=stopped, turned=turned)
+        for target, (scan, again) in found.items():
+            # What cannot be armed would have to be read again in the pause anyway.
+            ranges = subtract(merge(scan.written, again), scan.unarmed)
+            with _unless_it_ended(target):
+                self._copy_ahead(work, image, target, ranges)
+        if turned:
             self._drain(work)
         work.rounds += 1
 
-    def _collect_one(self, work: Work, image: ImageWriter, target: Target) -> None:
+    @contextmanager
+    def _standing_still(self, work: Work) -> Iterator[bool]:
+        """Stop all for a moment if there is an armer that cannot scan otherwise; whether they
+        are stopped."""
+        if not self._must_stand_still():
+            yield False
+            return
+        stopped = StoppedTree(self._tree)
+        with signals_held(), _no_garbage_collection():
+            try:
+                stopped.get_ready()
+                began = time.monotonic()
+                stopped.stop()
+                for target in self._tree.targets():
+                    target.refresh(self._tree.tgids(target))
+                yield True
+                work.stood_still(time.monotonic() - began)
+            finally:
+                work.waits_given_back += stopped.release()
+
+    def _must_stand_still(self) -> bool:
+        return any(target.armer.stands_still for target in self._tree.targets())
+
+    def _copy_ahead(self, work: Work, image: ImageWriter, target: Target, ranges: U64) -> None:
         part = work.parts[target.space]
         if target.fresh and not part.rounds:
             self._inherit(image, target)
-        scan, again = self._found(target, part, stopped=False, turned=work.rounds == 0)
-        # What cannot be armed would have to be read again in the pause anyway.
-        ranges = subtract(merge(scan.written, again), scan.unarmed)
         if part.whole and not part.rounds:
             target.refresh(self._tree.tgids(target))  # not every armer has
             target.advice.read(target.process)
@@ -341,7 +380,7 @@ class Session:
                     self._witness(self.processes)
                 work.resuming_at = time.monotonic()
             finally:
-                work.waits_given_back = stopped.release()
+                work.waits_given_back += stopped.release()
                 work.resumed_at = time.monotonic()
         for target in self._tree.targets():
             if target.fresh and work.parts[target.space].rounds == 1:
@@ -460,6 +499,16 @@ class Session:
         if known is not None:
             image.mark_holes(space, known.absent_from(subtract(EVERYTHING, gone)))
         image.mark_holes(space, expand(intersect(precopied, gone)))
+
+
+@contextmanager
+def _unless_it_ended(target: Target) -> Iterator[None]:
+    """What of a target cannot be done because it has ended is left out."""
+    try:
+        yield
+    except TargetGone:
+        if target.lives():
+            raise
 
 
 def _update_objects(objects: list[MappedObject], now: list[MappedObject]) -> None:

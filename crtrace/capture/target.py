@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 
 from crtrace.errors import TargetGone
 from crtrace.image.tables import VmaFlag
-from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import scanner
@@ -21,7 +20,7 @@ from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
 from crtrace.track.dirty import Evidence, WrittenPages
 from crtrace.track.guide import Guide
-from crtrace.units import PAGE_SIZE, U64, contains, merge, no_pages
+from crtrace.units import U64, contains, merge, no_pages
 
 
 class Target:
@@ -76,7 +75,7 @@ class Target:
         self.armer.close()
         self.armer, self.armed = armer, True
         if not self.compared:
-            space = marks.space_behind(lambda: self.scanner.scan(pagemap.OWN, end=PAGE_SIZE))
+            space = marks.space_behind(lambda: os.pread(self._pagemap, 8, 0))
             if space:
                 self._guide = Guide(marks, space)
                 self._guide.settle(tgids)

@@ -87,6 +87,10 @@ class Work:
     """Copied while the targets ran, or about to be."""
     residual: int = 0
     waits_given_back: int = 0
+    stops: int = 0
+    """Stops before the pause, for scans that want one."""
+    stopped_for: float = 0.0
+    """Seconds that these took together."""
     overflowed: bool = False
     lost_events: int = 0
     map_changes: int = 0
@@ -120,6 +124,11 @@ class Work:
         self.populated[space] = ranges
         self.pages_compared += copied.pages
         self._failed_in_objects[space] = copied.unreadable
+
+    def stood_still(self, seconds: float) -> None:
+        """All were stopped for a scan of pre-copy."""
+        self.stops += 1
+        self.stopped_for += seconds
 
     def converging(self, left: int) -> bool:
         """Whether one more round of pre-copy is worth while; ``left``: pages to be copied in it.
@@ -161,6 +170,8 @@ class Work:
             "threads": self.threads,
             "precopy_rounds": self.rounds,
             "precopy_converged": self.converged,
+            "precopy_stops": self.stops,
+            "precopy_stopped_time": round(self.stopped_for * 1e6),
             "pages_scanned": sum(count_pages(part.scanned) for part in self.parts.values()),
             "pages_residual": self.residual,
             "pages_unarmed": sum(count_pages(part.unarmed) for part in self.parts.values()),

@@ -108,6 +108,9 @@ def describe(event: dict[str, Any]) -> str:
         f"{human_bytes(event['bytes_stored']):>10} stored  "
         f"pause {milliseconds(event['frozen_time']):>10}"
     )
+    if stops := event["precopy_stops"]:
+        before = milliseconds(event["precopy_stopped_time"])
+        text += f"  after {stops} for scans, {before} in all"
     if event["processes"] > 1:
         text += f"  {event['processes']} processes"
     for sign, name in ((event["pages_hole"], "holes"), (event["pages_unreadable"], "unreadable")):

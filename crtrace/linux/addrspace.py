@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from crtrace.linux.procfs import Process, Vma, empty_vmas, parse_maps
+from crtrace.linux.procfs import WRITE, Process, Vma, empty_vmas, parse_maps
 from crtrace.units import U64, merge, no_pages
 
 
@@ -40,6 +40,11 @@ class AddressSpace:
         return np.array(found, dtype=np.uint64) if found else no_pages()
 
     @property
+    def mapped(self) -> U64:
+        """The page ranges of all VMAs, joined."""
+        return self._kind("mapped", lambda vma: True)
+
+    @property
     def private(self) -> U64:
         """The page ranges of private memory, joined."""
         return self._kind("private", lambda vma: not vma.shared)
@@ -53,6 +58,11 @@ class AddressSpace:
     def private_files(self) -> U64:
         """The same, of what is a file's until it is written."""
         return self._kind("files", lambda vma: vma.file_backed and not vma.shared)
+
+    @property
+    def only_read(self) -> U64:
+        """The page ranges of private memory that the process itself cannot write."""
+        return self._kind("only read", lambda vma: not (vma.shared or vma.flags & WRITE))
 
     @property
     def vdso(self) -> U64:

@@ -1,8 +1,8 @@
 """Which pages of a process have contents, which were written, and arm them again.
 
 ``PAGEMAP_SCAN`` answers it from Linux 6.7 on: categories and flags are those of its
-``include/uapi/linux/fs.h``. What it says of contents, though not of writes, can also be read out of
-``/proc/PID/pagemap`` word by word, as older kernels need it.
+``include/uapi/linux/fs.h``. What it says of contents and of soft-dirty bits, though not of armed
+pages, can also be read out of ``/proc/PID/pagemap`` word by word, as older kernels need it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from crtrace.linux.libc import ioctl
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range(6))
-GUARD = 1 << 8
+SOFT_DIRTY, GUARD = 1 << 7, 1 << 8
 """Guard regions tell of themselves from Linux 6.15 on; before, nothing that excludes them does."""
 
 REPORTED = WPALLOWED | WRITTEN | PRESENT | SWAPPED | GUARD
@@ -59,14 +59,21 @@ OWN = Filter(exclude=FILE | PFNZERO | GUARD)
 """Pages with contents of their own. The kernel takes ten times as long for these, see above."""
 
 
+EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
+"""All pages that a process could have: a range array."""
+
+
 class Scanner(Protocol):
     """Tells which pages of one process match a filter."""
 
-    def scan(self, want: Filter, *, start: int = 0, end: int = TASK_END) -> tuple[U64, U64]:
+    def scan(
+        self, want: Filter, within: U64 | None = None, *, report: int = REPORTED
+    ) -> tuple[U64, U64]:
         """Page ranges that match, and the categories of each.
 
-        Returns an ``(n, 2)`` array of half-open page ranges and ``(n,)`` categories. ``start`` and
-        ``end`` are byte addresses. Raises ``TargetGone``.
+        Returns an ``(n, 2)`` array of half-open page ranges and ``(n,)`` categories, those of
+        ``report``. ``within``: page ranges, ascending and disjoint, outside of which nothing is
+        looked at. Raises ``TargetGone``.
         """
 
 
@@ -84,34 +91,51 @@ class KernelScanner:
         self._vector = np.zeros((_VECTOR, 3), dtype=np.uint64)
 
     def scan(
-        self, want: Filter, *, arm: bool = False, start: int = 0, end: int = TASK_END
+        self,
+        want: Filter,
+        within: U64 | None = None,
+        *,
+        report: int = REPORTED,
+        arm: bool = False,
     ) -> tuple[U64, U64]:
         """See :class:`Scanner`.
 
         With ``arm``, each reported page that was written is write-protected in the same step, and
         pages outside write-protect VMAs are passed over in silence (so ask for those apart).
         """
-        name = "PAGEMAP_SCAN, arming" if arm else "PAGEMAP_SCAN"
         exclude = want.exclude & self._known
-        parts = []
-        while start < end:
-            arg = bytearray(
-                _ARG.pack(
-                    _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector.ctypes.data,
-                    _VECTOR, 0, exclude | want.inverted, want.need | exclude, want.any_of,
-                    REPORTED & self._known,
-                )
-            )  # fmt: skip
-            try:
-                count = ioctl(name, self.fd, _PAGEMAP_SCAN, arg)
-            except OSError as error:
-                if error.errno not in (errno.ESRCH, errno.ENOTTY):
-                    raise
-                raise TargetGone("the address space that was scanned is gone") from error
-            parts.append(self._vector[:count].copy())
-            start = _ARG.unpack(arg)[4]
-        found = np.concatenate(parts) if parts else self._vector[:0]
+        conditions = (
+            exclude | want.inverted, want.need | exclude, want.any_of, report & self._known,
+        )  # fmt: skip
+        windows = EVERYTHING if within is None else within
+        parts = [self._vector[:0]]
+        for at, end in (windows << np.uint64(PAGE_SHIFT)).tolist():
+            done = at
+            while done < end:
+                done = self._scan_some(done, end, conditions, arm, parts)
+        found = np.concatenate(parts)
         return found[:, :2] >> np.uint64(PAGE_SHIFT), found[:, 2]
+
+    def _scan_some(
+        self, start: int, end: int, conditions: tuple[int, ...], arm: bool, parts: list[U64]
+    ) -> int:
+        """As much of the addresses as the vector holds; where to go on."""
+        arg = bytearray(
+            _ARG.pack(
+                _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector.ctypes.data,
+                _VECTOR, 0, *conditions,
+            )
+        )  # fmt: skip
+        try:
+            name = "PAGEMAP_SCAN, arming" if arm else "PAGEMAP_SCAN"
+            count = ioctl(name, self.fd, _PAGEMAP_SCAN, arg)
+        except OSError as error:
+            if error.errno not in (errno.ESRCH, errno.ENOTTY):
+                raise
+            raise TargetGone("the address space that was scanned is gone") from error
+        parts.append(self._vector[:count].copy())
+        walked: int = _ARG.unpack(arg)[4]
+        return walked
 
 
 def supported(fd: int, category: int = PRESENT) -> bool:
@@ -131,16 +155,16 @@ def supported(fd: int, category: int = PRESENT) -> bool:
     return True
 
 
-_IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61), (GUARD, 58))
+_IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61), (GUARD, 58), (SOFT_DIRTY, 55))
 """Categories, and the bits of a word of ``/proc/PID/pagemap`` that tell them."""
-_FRAME = np.uint64((1 << 55) - 1)
+_FRAME, _IN_PLACE = np.uint64((1 << 55) - 1), np.uint64(1 << 63)
 _BLOCK = 1 << 18
 """Pages looked at in one step: 1 GiB of them, described by 2 MiB."""
 
 
 class PlainScanner:
     """Reads the words of ``/proc/PID/pagemap``: all but WPALLOWED and WRITTEN, of the VMAs in
-    ``space`` as last refreshed.
+    ``space`` as last refreshed. Of a whole GiB that is empty, no soft-dirty bit is told.
 
     Larger VMAs are passed over if ``smaps`` says that they are empty; else a TiB takes a second.
     Without CAP_SYS_ADMIN the zero page is not told from others: contents that are zeros.
@@ -151,12 +175,13 @@ class PlainScanner:
         self._space = space
         self._zero = _zero_frame()
 
-    def scan(self, want: Filter, *, start: int = 0, end: int = TASK_END) -> tuple[U64, U64]:
-        """See :class:`Scanner`. ``ValueError`` if ``want`` speaks of writes."""
+    def scan(
+        self, want: Filter, within: U64 | None = None, *, report: int = REPORTED
+    ) -> tuple[U64, U64]:
+        """See :class:`Scanner`. ``ValueError`` if ``want`` speaks of armed pages."""
         if (want.need | want.exclude | want.any_of) & (WPALLOWED | WRITTEN):
             raise ValueError("pagemap does not tell that")
-        window = np.array([[start >> PAGE_SHIFT, end >> PAGE_SHIFT]], dtype=np.uint64)
-        mapped = intersect(merge(self._space.ranges(lambda vma: True)), window)
+        mapped = self._space.mapped if within is None else intersect(self._space.mapped, within)
         found = [(no_pages(), np.empty(0, dtype=np.uint64))]
         empty = no_pages()
         if (mapped[:, 1] - mapped[:, 0] > _BLOCK).any():
@@ -166,11 +191,11 @@ class PlainScanner:
             for at in range(first, last, _BLOCK):
                 words = self._words(at, min(at + _BLOCK, last))
                 if int(words.max()) >> 58:  # the bits below tell nothing that is asked
-                    found.append(_runs(at, self._categories(words), want))
+                    found.append(self._runs(at, words, want, report))
                 else:
                     blank.append(np.array([[at, at + len(words)]], dtype=np.uint64))
         nothing = merge(*blank)
-        found.append(_matching(nothing, np.zeros(len(nothing), dtype=np.uint64), want))
+        found.append(_matching(nothing, np.zeros(len(nothing), dtype=np.uint64), want, report))
         ranges, categories = (np.concatenate(column) for column in zip(*found, strict=True))
         order = np.argsort(ranges[:, 0])
         return ranges[order], categories[order]
@@ -186,30 +211,30 @@ class PlainScanner:
             raise TargetGone("the address space that was scanned is gone")
         return np.frombuffer(raw, dtype=np.uint64)
 
-    def _categories(self, words: U64) -> U64:
-        found = np.zeros(len(words), dtype=np.uint64)
-        for category, bit in _IN_WORD:
-            found |= (words >> np.uint64(bit) & np.uint64(1)) * np.uint64(category)
-        if self._zero:
-            zero = (found & np.uint64(PRESENT) != 0) & (words & _FRAME == self._zero)
-            found[zero] |= np.uint64(PFNZERO)
-        return found
+    def _runs(self, first: int, words: U64, want: Filter, report: int) -> tuple[U64, U64]:
+        """Ranges of matching pages that are alike; page ``first`` is the first of all."""
+        asked = want.need | want.exclude | want.any_of | want.inverted | report
+        bits = [(category, bit) for category, bit in _IN_WORD if category & asked]
+        # The highest 16 bits have all that is asked; bit 0 of them is free for the zero page.
+        top = words.view(np.uint16)[3::4] & np.uint16(sum(1 << bit - 48 for _, bit in bits))
+        if self._zero and asked & PFNZERO:
+            top |= words & (_FRAME | _IN_PLACE) == self._zero | _IN_PLACE
+        inner = np.flatnonzero(top[1:] != top[:-1]) + 1
+        edges = np.concatenate(([0], inner, [len(top)])).astype(np.uint64)
+        alike = top[edges[:-1]].astype(np.uint64)
+        categories = (alike & np.uint64(1)) * np.uint64(PFNZERO)
+        for category, bit in bits:
+            categories |= (alike >> np.uint64(bit - 48) & np.uint64(1)) * np.uint64(category)
+        ranges = np.stack((edges[:-1], edges[1:]), axis=1) + np.uint64(first)
+        return _matching(ranges, categories, want, report)
 
 
-def _runs(first: int, categories: U64, want: Filter) -> tuple[U64, U64]:
-    """Ranges of matching pages with equal categories; page ``first`` is the first of all."""
-    inner = np.flatnonzero(categories[1:] != categories[:-1]) + 1
-    edges = np.concatenate(([0], inner, [len(categories)])).astype(np.uint64)
-    runs = np.stack((edges[:-1], edges[1:]), axis=1)
-    return _matching(runs + np.uint64(first), categories[edges[:-1]], want)
-
-
-def _matching(ranges: U64, categories: U64, want: Filter) -> tuple[U64, U64]:
+def _matching(ranges: U64, categories: U64, want: Filter, report: int) -> tuple[U64, U64]:
     """The ranges that ``want`` asks for, decided as ``PAGEMAP_SCAN`` does."""
     seen = categories ^ np.uint64(want.exclude | want.inverted)
     mask = np.uint64(want.need | want.exclude)
     matching = (seen & mask == mask) & (seen & np.uint64(want.any_of) != 0)
-    return ranges[matching], categories[matching] & np.uint64(REPORTED)
+    return ranges[matching], categories[matching] & np.uint64(report)
 
 
 def _zero_frame() -> np.uint64:

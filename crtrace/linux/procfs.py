@@ -77,6 +77,11 @@ class Vma:
         return self.end >> PAGE_SHIFT
 
     @property
+    def pages(self) -> U64:
+        """Its pages, as one range."""
+        return np.array([[self.first_page, self.end_page]], dtype=np.uint64)
+
+    @property
     def map_files_name(self) -> str:
         """Its name in ``/proc/PID/map_files``."""
         return f"{self.start:x}-{self.end:x}"

@@ -6,15 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
-import numpy as np
-
 from crtrace.linux.addrspace import AddressSpace
-from crtrace.linux.pagemap import TASK_END
 from crtrace.linux.stop import StoppedProcess
-from crtrace.units import PAGE_SHIFT, U64
-
-EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
-"""All pages that a process could have: a range array."""
+from crtrace.units import U64
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +45,8 @@ class Armer(Protocol):
     name: str
     ldt: bytes
     """The target's local descriptor table as found by ``arm``; empty if nobody looked."""
+    stands_still: bool
+    """Whether every ``scan`` needs all that run in the address space stopped."""
 
     @property
     def heals(self) -> bool:
@@ -76,6 +72,9 @@ class Armer(Protocol):
         refreshes it itself where it has to, and may stop the target for a moment. ``beside`` is a
         thread that may do a part of it.
         """
+
+    def written_now(self) -> int | None:
+        """About how many pages a scan would find written now; None: as many as BPF has counted."""
 
     def boundable(self) -> bool:
         """Whether bounds make its scans shorter."""

@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.pagemap import EVERYTHING
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import EVERYTHING, Look, Scan
+from crtrace.track.armer import Look, Scan
 from crtrace.units import U64, intersect, merge, no_pages, subtract
 
 
@@ -23,6 +24,7 @@ class CompareArmer:
     name = "compare"
     heals = True
     ldt = b""
+    stands_still = False
 
     def __init__(self, process: Process, space: AddressSpace) -> None:
         self._space = space
@@ -43,6 +45,9 @@ class CompareArmer:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.private)
         return Scan(own, subtract(EVERYTHING, own), own)
+
+    def written_now(self) -> None:
+        """See :class:`crtrace.track.armer.Armer`: nobody knows better."""
 
     def boundable(self) -> bool:
         """See :class:`crtrace.track.armer.Armer`: never."""

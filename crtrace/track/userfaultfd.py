@@ -22,11 +22,12 @@ from crtrace.linux import pagemap, uffd
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
 from crtrace.linux.libc import syscall
-from crtrace.linux.pagemap import Filter, KernelScanner
+from crtrace.linux.pagemap import EVERYTHING, Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import EVERYTHING, Look, Scan
+from crtrace.track.armer import Look, Scan
+from crtrace.track.windows import effort, joined, large, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -41,38 +42,11 @@ from crtrace.units import (
 SMALL_GAP = 64  # pages
 UNPROTECTED = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.GUARD | pagemap.WPALLOWED)
 OWN_PROTECTED = Filter(need=pagemap.WPALLOWED, exclude=pagemap.OWN.exclude)
-LARGE = 65_536
-"""Pages from which on a bounded scan may be worth it."""
-A_CALL, A_MAPPING = 2_048, 512
-"""Pages that a scan passes over while another would be begun, and while it begins with a VMA. They
-only decide which of two exact ways is taken."""
 FEW = 512
 """Unprotected pages that are not worth a stop of their own."""
 WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
 # Without arming, some kernels report pages of other VMAs as well.
 WRITTEN_PROTECTED = Filter(need=pagemap.WRITTEN | pagemap.WPALLOWED, exclude=WRITTEN.exclude)
-
-
-def _joined(ranges: U64, gap: int) -> U64:
-    """Ranges joined over gaps of no more pages: a system call less for each."""
-    if not len(ranges):
-        return ranges
-    far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > gap) + 1
-    starts, ends = np.concatenate(([0], far)), np.concatenate((far, [len(ranges)])) - 1
-    return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
-
-
-def _scan_within(
-    scanner: KernelScanner, want: Filter, windows: U64 | None, *, arm: bool = False
-) -> tuple[U64, U64]:
-    """What matches in page ranges, or everywhere if they are None."""
-    if windows is None:
-        return scanner.scan(want, arm=arm)
-    found = [(no_pages(), np.empty(0, dtype=np.uint64))]
-    for start, end in windows.tolist():
-        found.append(scanner.scan(want, arm=arm, start=start << PAGE_SHIFT, end=end << PAGE_SHIFT))
-    ranges, categories = zip(*found, strict=True)
-    return np.concatenate(ranges), np.concatenate(categories)
 
 
 def try_on_ourselves() -> None:
@@ -92,9 +66,11 @@ def try_on_ourselves() -> None:
                 raise OSError(error, os.strerror(error))
             scanner = KernelScanner(ours)
             want = Filter(need=pagemap.WRITTEN)
-            scanner.scan(want, arm=True, start=start, end=start + len(memory))
+            pages = np.array([[start, start + len(memory)]], dtype=np.uint64)
+            pages >>= np.uint64(PAGE_SHIFT)
+            scanner.scan(want, pages, arm=True)
             memory[2 * PAGE_SIZE] = 0
-            ranges, _ = scanner.scan(want, start=start, end=start + len(memory))
+            ranges, _ = scanner.scan(want, pages)
         finally:
             os.close(fd)
     finally:
@@ -116,6 +92,7 @@ class UserfaultfdArmer:
     :meth:`close` or by our death, the kernel lifts every protection."""
 
     name = "userfaultfd"
+    stands_still = False
 
     def __init__(self, process: Process, space: AddressSpace) -> None:
         self._process = process
@@ -208,14 +185,17 @@ class UserfaultfdArmer:
         gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
         if windows is None and not stopped:
             present = count_pages(subtract(mapped, absent))
-            self._effort = present + A_MAPPING * len(space.vmas)
+            self._effort = effort(present, len(space.vmas))
         found = merge(subtract(written, of_files), fresh, markers)
         self._doubtful = False
         return Scan(found, gone, unarmed, windows is not None)
 
+    def written_now(self) -> None:
+        """See :class:`crtrace.track.armer.Armer`: a fault for each page."""
+
     def boundable(self) -> bool:
         """See :class:`crtrace.track.armer.Armer`."""
-        return self._effort >= LARGE
+        return large(self._effort)
 
     def _windows(self, space: AddressSpace, within: U64 | None) -> U64 | None:
         """Where to look, given the bounds; None: everywhere.
@@ -228,9 +208,7 @@ class UserfaultfdArmer:
         refused = space.ranges(self._is_refused) if self._refused else no_pages()
         beyond = merge(space.private_files, refused, self._unprotected, self._moving, self._swapped)
         within = merge(intersect(within, space.anonymous), beyond)
-        windows = _joined(within, A_CALL)
-        worth = count_pages(windows) + A_CALL * len(windows) < self._effort
-        return windows if worth else None
+        return worth_while(within, self._effort)
 
     def _look_through(
         self, space: AddressSpace, windows: U64 | None, beside: ThreadPoolExecutor | None
@@ -263,7 +241,7 @@ class UserfaultfdArmer:
         """What was written since it was armed; it is armed again."""
         # What a scan has armed and could not hand over looks as if it had not been written.
         again, self._doubtful = self._doubtful, True
-        written, categories = _scan_within(self._scanner, WRITTEN, windows, arm=True)
+        written, categories = self._scanner.scan(WRITTEN, windows, arm=True)
         moving = written[(categories & np.uint64(pagemap.SWAPPED)) != 0]
         left = no_pages() if windows is None else subtract(self._moving, windows)
         self._moving = merge(left, moving)
@@ -332,7 +310,7 @@ class UserfaultfdArmer:
         When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
         page keeps its protection. Such pages are read again, and turn out as what they are.
         """
-        ranges, categories = _scan_within(self._second, pagemap.NOTHING_THERE, windows)
+        ranges, categories = self._second.scan(pagemap.NOTHING_THERE, windows)
         # A guard page looks swapped out too, and reads as nothing.
         swapped = (categories & np.uint64(pagemap.SWAPPED | pagemap.GUARD)) == pagemap.SWAPPED
         armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
@@ -353,7 +331,7 @@ class UserfaultfdArmer:
         only where files are mapped it is asked.
         """
         files = space.private_files
-        own, _ = _scan_within(self._scanner, pagemap.OWN, _joined(files, SMALL_GAP))
+        own, _ = self._scanner.scan(pagemap.OWN, joined(files, SMALL_GAP))
         return subtract(files, merge(own))
 
     def close(self) -> None:

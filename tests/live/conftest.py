@@ -12,7 +12,8 @@ import pytest
 from crtrace.errors import FeatureMissing
 from crtrace.linux.events import open_accounting
 from crtrace.track.loader import Loading, Programs
-from crtrace.track.userfaultfd import try_on_ourselves
+from crtrace.track.softdirty import try_on_ourselves as try_soft_dirty
+from crtrace.track.userfaultfd import try_on_ourselves as try_userfaultfd
 from tests.live.harness import Target
 
 HERE = Path(__file__).parent
@@ -47,9 +48,27 @@ def spawn() -> Iterator[Spawn]:
 def userfaultfd() -> None:
     """Skip what is only so where the kernel notes the first write to a page."""
     try:
-        try_on_ourselves()
+        try_userfaultfd()
     except (OSError, FeatureMissing):
         pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
+
+
+@pytest.fixture(scope="session")
+def soft_dirty() -> None:
+    """Skip what needs soft-dirty bits."""
+    try:
+        try_soft_dirty()
+    except (OSError, FeatureMissing):
+        pytest.skip("cannot run here: no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+
+
+def armed_by(name: str, request: pytest.FixtureRequest) -> Iterator[str]:
+    """For fixtures: this armer is used meanwhile; skip where it does not work."""
+    if name != "compare":
+        request.getfixturevalue(name.replace("-", "_"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CRTRACE_ARMER", name)
+        yield name
 
 
 @contextlib.contextmanager

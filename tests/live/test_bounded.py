@@ -13,21 +13,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from crtrace.linux.pagemap import OWN, SWAPPED, Filter, KernelScanner
+from crtrace.linux.pagemap import SWAPPED, Filter
 from crtrace.linux.procfs import Process
-from crtrace.track import loader, userfaultfd
+from crtrace.track import loader, userfaultfd, windows
 from crtrace.track.bytecode import BpfMap
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading
 from crtrace.units import PAGE_SIZE, U64, Pid
-from tests.live.conftest import Spawn
+from tests.live.conftest import Spawn, armed_by
 from tests.live.exactness import judged
 from tests.live.harness import Target, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
 
 __all__ = ["machine"]
-pytestmark = pytest.mark.usefixtures("userfaultfd")
 MOMENTS = {"after the last scan before the pause": "_pause", "after the pause": "_look_back"}
 """And the step of a session that comes next."""
 WITHOUT_RING = [way for way in WAYS.values() if way != RACING and not way.startswith("uring")]
@@ -40,13 +39,19 @@ COMPACT = Path("/proc/sys/vm/compact_memory")
 def small_targets_too() -> Iterator[None]:
     """A scan is bounded whenever that is exact, though it may not be shorter."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(userfaultfd, "LARGE", 1)
-        patch.setattr(userfaultfd, "A_CALL", 0)
+        patch.setattr(windows, "LARGE", 1)
+        patch.setattr(windows, "A_CALL", 0)
         yield
 
 
+@pytest.fixture(params=["userfaultfd", "soft-dirty"], scope="module")
+def armer(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each armer whose scans can be bounded, where the kernel has what it needs."""
+    yield from armed_by(request.param, request)
+
+
 @pytest.fixture(scope="module")
-def stage(machine: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(machine: None, armer: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Scenes that tests of one way after another share, of a target that can be bounded."""
     stage = Stage((tmp_path_factory.mktemp("stage") for _ in iter(int, 1)), "--ring", 0)
     yield stage
@@ -69,6 +74,7 @@ def meanwhile(scene: Scene, moment: str, action: Callable[[], object]) -> Iterat
         yield
 
 
+@pytest.mark.usefixtures("armer")
 def test_a_quiet_target_is_scanned_within_bounds(spawn: Spawn, tmp_path: Path) -> None:
     target = spawn("layout")
     with judged(target.pid, tmp_path / "chain") as judge:
@@ -98,6 +104,7 @@ def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
         it.take()
 
 
+@pytest.mark.usefixtures("armer")
 def test_what_nobody_could_notice_is_told_afterwards(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,6 +141,7 @@ def _write(target: Target, address: int) -> None:
         memory.write(bytes([byte ^ 0xFF]))
 
 
+@pytest.mark.usefixtures("userfaultfd")
 def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -146,8 +154,10 @@ def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
         assert isinstance(armer, userfaultfd.UserfaultfdArmer)
         scan, pause = armer._scanner.scan, judge.session._pause
 
-        def as_if_it_moved(want: Filter, *, arm: bool = False, **where: int) -> tuple[U64, U64]:
-            ranges, categories = scan(want, arm=arm, **where)
+        def as_if_it_moved(
+            want: Filter, within: U64 | None = None, *, arm: bool = False
+        ) -> tuple[U64, U64]:
+            ranges, categories = scan(want, within, arm=arm)
             addresses = ranges[:, 0] * np.uint64(PAGE_SIZE)
             inside = arm & (data.start <= addresses) & (addresses < data.end)
             moving.extend(addresses[inside].tolist())
@@ -167,6 +177,7 @@ def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
         assert judge.stats[-1]["pages_late"] == 0
 
 
+@pytest.mark.usefixtures("armer")
 @pytest.mark.skipif(not os.access(COMPACT, os.W_OK), reason="the kernel has no compaction")
 def test_a_target_is_exact_while_the_kernel_compacts_memory(spawn: Spawn, tmp_path: Path) -> None:
     ended = threading.Event()
@@ -191,6 +202,7 @@ def test_a_target_is_exact_while_the_kernel_compacts_memory(spawn: Spawn, tmp_pa
         thread.join()
 
 
+@pytest.mark.usefixtures("armer")
 def test_a_ring_that_is_full_makes_scans_look_everywhere(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -266,6 +278,7 @@ def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn
         assert marks.foreign_visits(space) > 0
 
 
+@pytest.mark.usefixtures("userfaultfd")
 def test_what_was_found_while_somebody_else_was_there_is_read_again(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,7 +306,7 @@ def test_what_was_found_while_somebody_else_was_there_is_read_again(
 def _look(process: Process) -> None:
     """Take the lock of its address space for a moment."""
     fd = process.open("pagemap")
-    KernelScanner(fd).scan(OWN, end=PAGE_SIZE)
+    os.pread(fd, 8, 0)
     os.close(fd)
 
 

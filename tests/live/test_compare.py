@@ -66,10 +66,9 @@ def test_pagemap_read_plainly_says_what_the_scan_says(spawn: Spawn, name: str) -
         assert whole == pages_by_kind(kernel.scan(FILTERS[name]), raw)
         assert sum(count_pages(np.array(ranges)) for ranges in whole.values()) > 64
         for vma in space.vmas:
-            start, end = vma.start, max(vma.start + PAGE_SIZE, vma.end - PAGE_SIZE)
+            ends = vma.pages - np.array([[0, vma.end - vma.start > PAGE_SIZE]], dtype=np.uint64)
             ours, theirs = (
-                pages_by_kind(scanner.scan(FILTERS[name], start=start, end=end), raw)
-                for scanner in (plain, kernel)
+                pages_by_kind(scanner.scan(FILTERS[name], ends), raw) for scanner in (plain, kernel)
             )
             assert ours == theirs, vma
 
@@ -88,7 +87,7 @@ def test_a_page_in_the_middle_of_a_huge_mapping_is_found(spawn: Spawn) -> None:
     with scanners(target) as (_, plain, space):
         around = next(vma for vma in space.vmas if vma.start <= at < vma.end)
         assert around.end - around.start >= 1 << 39
-        found, _ = plain.scan(pagemap.OWN, start=around.start, end=around.end)
+        found, _ = plain.scan(pagemap.OWN, around.pages)
     assert (merge(found) - np.uint64(at >> PAGE_SHIFT)).tolist() == [[1, 3]]
     assert pages == 8
 
@@ -151,10 +150,12 @@ def test_check_says_what_follows_without_userfaultfd() -> None:
     assert "pause grows" in probe["consequence"]
 
 
-@pytest.mark.parametrize("name", ["userfaultfd", "compare"])
+@pytest.mark.parametrize("name", ["userfaultfd", "soft-dirty", "compare"])
 def test_the_environment_names_the_armer(
-    spawn: Spawn, monkeypatch: pytest.MonkeyPatch, name: str
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, name: str
 ) -> None:
+    if name != "compare":
+        request.getfixturevalue(name.replace("-", "_"))
     monkeypatch.setenv("CRTRACE_ARMER", name)
     with Process(Pid(spawn("layout").pid)) as process:
         armer = choose(process, AddressSpace(process))

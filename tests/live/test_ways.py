@@ -15,11 +15,11 @@ import pytest
 
 from crtrace.image.epoch import Epoch
 from crtrace.units import PAGE_SIZE
-from tests.live.conftest import reserved_hugetlb_pages
+from tests.live.conftest import armed_by, reserved_hugetlb_pages
 from tests.live.exactness import Judged, judged, reader
 from tests.live.harness import Target, Untouched, shadow_mismatches
 
-ARMERS = ("userfaultfd", "compare")
+ARMERS = ("userfaultfd", "soft-dirty", "compare")
 
 WAYS = {
     "stores by several threads": "threads",
@@ -245,11 +245,7 @@ def scene(directory: Path, seed: int, *options: object) -> Iterator[Scene]:
 @pytest.fixture(params=ARMERS, scope="module")
 def armer(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each test runs with every armer that the kernel has what it needs for."""
-    if request.param == "userfaultfd":
-        request.getfixturevalue("userfaultfd")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("CRTRACE_ARMER", request.param)
-        yield request.param
+    yield from armed_by(request.param, request)
 
 
 class Stage:

@@ -51,13 +51,16 @@ static uint64_t shuffled(uint64_t i, uint64_t salt)
 	return i;
 }
 
-static void write_pages(uint64_t count, bool scattered)
+/* How many nanoseconds it took. */
+static int64_t write_pages(uint64_t count, bool scattered)
 {
+	int64_t began = now_ns();
 	uint64_t salt = mix(++rounds), random = salt | 1;
 	uint64_t first = salt % (pages - count + 1);
 
 	for (uint64_t i = 0; i < count; i++)
 		write_page(scattered ? shuffled(i, salt) : first + i, &random);
+	return now_ns() - began;
 }
 
 static int64_t touch_pages(uint64_t count)
@@ -225,8 +228,7 @@ int main(int argc, char **argv)
 		} else if (whole && !strncmp(line, "touch ", 6)) {
 			say("ok %ld", touch_pages(number));
 		} else if (whole && (!strncmp(line, "random ", 7) || !strncmp(line, "run ", 4))) {
-			write_pages(number, line[1] == 'a');
-			say("ok");
+			say("ok %ld", write_pages(number, line[1] == 'a'));
 		} else {
 			say("bad");
 		}

@@ -1379,7 +1379,7 @@ static const char *make_equal(struct area *a, bool zeros)
 			pattern_write(a->at + p * PAGE, seed, 0);
 		memcpy(a->shadow + p * PAGE, a->at + p * PAGE, PAGE);
 	}
-	for (int tries = 0; tries < 3000; tries++, nap_ms(1))
+	for (int tries = 0; tries < 10000; tries++, nap_ms(1))
 		if (same_frame(a->at, a->at + PAGE))
 			return NULL;
 	return "cannot: KSM does not run";

@@ -1,0 +1,263 @@
+"""The armer of kernels with soft-dirty bits: ``clear_refs`` takes them off, a write sets one.
+
+Nothing is injected. But looking at the bits and taking them off are two steps, between which a
+running target would write unseen: so a scan wants it stopped. Where the kernel loses a bit, or
+keeps a page writable that has none, all that may be concerned counts as written.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import mmap
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+
+from crtrace.errors import FeatureMissing, TargetBusy, TargetGone
+from crtrace.faults import point
+from crtrace.linux import pagemap
+from crtrace.linux.addrspace import AddressSpace, open_mapped
+from crtrace.linux.pagemap import EVERYTHING, SOFT_DIRTY, SWAPPED, Filter, Scanner
+from crtrace.linux.procfs import Process, Vma
+from crtrace.linux.stop import StoppedProcess
+from crtrace.track.armer import Look, Scan
+from crtrace.track.windows import effort, large, worth_while
+from crtrace.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    U64,
+    count_pages,
+    intersect,
+    merge,
+    no_pages,
+    subtract,
+    to_ranges,
+)
+
+CANARIES = 4
+"""Pages that are kept soft-dirty, so that somebody else's clearing shows."""
+DIRTY = Filter(need=SOFT_DIRTY, exclude=pagemap.OWN.exclude)
+_HUGE = 2 << 20
+_CLEAR = b"4"
+
+
+@cache
+def try_on_ourselves() -> None:
+    """Map, write, clear, write again and see whether exactly the second write is noticed.
+
+    Raises ``OSError`` or ``FeatureMissing`` where soft-dirty bits do not work: a kernel without
+    them takes the request and does nothing. Each page of ours is a fault afterwards, so it is done
+    once, before there are buffers.
+    """
+    memory = mmap.mmap(-1, 4 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[:] = b"x" * len(memory)
+    first = np.frombuffer(memory, dtype=np.uint8).ctypes.data >> PAGE_SHIFT
+    clear = os.open("/proc/self/clear_refs", os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(clear, _CLEAR)
+    finally:
+        os.close(clear)
+    memory[2 * PAGE_SIZE] = 0
+    with open("/proc/self/pagemap", "rb", buffering=0) as file:
+        words = np.frombuffer(os.pread(file.fileno(), 32, first * 8), dtype=np.uint64)
+    if (words >> np.uint64(55) & np.uint64(1)).tolist() != [0, 0, 1, 0]:
+        raise FeatureMissing("this kernel does not keep soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+
+
+class SoftDirtyArmer:
+    """Arms one process. Nothing of it is in the target, so nothing has to be taken back: a page
+    that is written later costs one page fault, and that is all."""
+
+    name = "soft-dirty"
+    heals = True
+    ldt = b""
+    stands_still = True
+
+    def __init__(self, process: Process, space: AddressSpace) -> None:
+        self._process = process
+        self._space = space
+        self._pagemap = self._clear_refs = self._mem = -1
+        self._doubtful = True
+        """The bits do not tell what was written."""
+        self._vmas: frozenset[Vma] = frozenset()
+        """The mappings when the bits were last taken off."""
+        self._map_as_of = -1
+        """The changes of the map until then."""
+        self._own = no_pages()
+        self._effort = 0
+        self._canaries = no_pages()
+        self._moving = no_pages()
+        """Found written while the kernel moved them to other memory, perhaps: they arrive writable,
+        and without a bit."""
+        self._huge: dict[int, bool] = {}
+        """Which devices are hugetlbfs."""
+        self._without_bits = no_pages()
+        """The private mappings of hugetlbfs: the kernel keeps no bits of their pages."""
+        try_on_ourselves()
+        try:
+            self._pagemap = process.open("pagemap")
+            self._clear_refs = process.open("clear_refs", os.O_WRONLY)
+            self._mem = process.open("mem", os.O_RDWR)
+            self._scanner = _scanner(self._pagemap, space)
+            self._newer = pagemap.supported(self._pagemap, pagemap.GUARD)
+        except BaseException:
+            self.close()
+            raise
+
+    def arm(self, stopped: StoppedProcess) -> None:
+        """See :class:`crtrace.track.armer.Armer`. Two of us would clear each other's bits: the lock
+        is advisory, and goes with its holder."""
+        try:
+            fcntl.flock(self._clear_refs, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise TargetBusy(
+                f"another crtrace watches process {self._process.pid} by soft-dirty bits",
+                hint="CRTRACE_ARMER=compare reads all memory instead",
+            ) from error
+
+    def scan(
+        self,
+        space: AddressSpace,
+        *,
+        stopped: bool,
+        within: U64 | None = None,
+        beside: ThreadPoolExecutor | None = None,
+    ) -> Scan:
+        """See :class:`crtrace.track.armer.Armer`; always with the target ``stopped``."""
+        if not stopped:
+            raise ValueError("soft-dirty bits are only read while the target is stopped")
+        again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
+        mapped_since = self._compare_map(space)
+        windows = None if again else self._windows(space, within, mapped_since)
+        own, dirty, swapped = self._bits(windows)
+        if windows is not None:
+            own = merge(own, subtract(intersect(self._own, space.private), windows))
+        unarmed = intersect(own, self._without_bits)
+        written = intersect(own, merge(dirty, mapped_since, self._moving, unarmed))
+        if again or not self._canaries_live(dirty):
+            written = own
+        self._clear()
+        self._plant(space, subtract(own, unarmed))
+        self._own, self._moving = own, swapped
+        if windows is None:
+            self._effort = effort(count_pages(own), len(space.vmas))
+        self._doubtful = False
+        return Scan(written, subtract(EVERYTHING, own), unarmed, windows is not None)
+
+    def _windows(self, space: AddressSpace, within: U64 | None, mapped_since: U64) -> U64 | None:
+        """Where to look, given the bounds; None: everywhere. See
+        ``UserfaultfdArmer`` for why files are not bounded."""
+        if within is None:
+            return None
+        beyond = merge(
+            space.private_files, mapped_since, self._without_bits, self._moving, self._canaries
+        )
+        return worth_while(merge(intersect(within, space.anonymous), beyond), self._effort)
+
+    def _bits(self, windows: U64 | None) -> tuple[U64, U64, U64]:
+        """Own pages, those with the bit, and those of them that are not in place."""
+        ranges, categories = self._scanner.scan(pagemap.OWN, windows, report=SOFT_DIRTY | SWAPPED)
+        dirty = categories & np.uint64(SOFT_DIRTY) != 0
+        swapped = dirty & (categories & np.uint64(SWAPPED) != 0)
+        private = self._space.private
+        return (
+            intersect(merge(ranges), private),
+            intersect(merge(ranges[dirty]), private),
+            intersect(merge(ranges[swapped]), private),
+        )
+
+    def _clear(self) -> None:
+        point("write /proc/PID/clear_refs")
+        try:
+            os.write(self._clear_refs, _CLEAR)
+        except ProcessLookupError as error:
+            raise TargetGone(f"process {self._process.pid} has exited") from error
+
+    # ---- what would go unnoticed ---------------------------------------------------------------
+
+    def _compare_map(self, space: AddressSpace) -> U64:
+        """The mappings that are not as they were when the bits were last taken off. The kernel says
+        of a new one that all of it is dirty, but forgets that where it joins it with an old one."""
+        if space.changes == self._map_as_of:
+            return no_pages()
+        before, self._vmas = self._vmas, frozenset(space.vmas)
+        self._map_as_of = space.changes
+        self._without_bits = merge(space.ranges(lambda vma: not vma.shared and self._is_huge(vma)))
+        return merge(space.ranges(lambda vma: vma not in before))
+
+    def _canaries_live(self, dirty: U64) -> bool:
+        """Whether nobody else has taken bits off: those of our canaries are there."""
+        return len(self._canaries) > 0 and not len(subtract(self._canaries, dirty))
+
+    def _plant(self, space: AddressSpace, armed: U64) -> None:
+        """Write what is there already into pages that the target does not write: the end of its
+        first stack, and what may only be read."""
+        fixed = intersect(armed, space.only_read)[: CANARIES - 1, 0].tolist()
+        stack = [vma.end_page - 1 for vma in space.vmas if vma.name == "[stack]"]
+        pages = [page for page in {*fixed, *stack} if self._rewrite(page)]
+        self._canaries = to_ranges(np.array(sorted(pages), dtype=np.uint64))
+
+    def _rewrite(self, page: int) -> bool:
+        point("pwrite /proc/PID/mem")
+        at = page << PAGE_SHIFT
+        with suppress(OSError):
+            return os.pwrite(self._mem, os.pread(self._mem, 1, at), at) == 1
+        return False
+
+    def _is_huge(self, vma: Vma) -> bool:
+        """Whether a mapping's blocks are as large as huge pages. Other file systems may have such
+        blocks, too: then some pages are read more often than they had to be."""
+        if not vma.file_backed:
+            return False
+        if vma.device not in self._huge:
+            try:
+                fd = open_mapped(self._process, vma)
+            except OSError as error:
+                return error.errno != errno.ENOENT  # else it is gone again, with its pages
+            try:
+                self._huge[vma.device] = os.fstatvfs(fd).f_bsize >= _HUGE
+            finally:
+                os.close(fd)
+        return self._huge[vma.device]
+
+    # ---- the rest of an armer ------------------------------------------------------------------
+
+    def written_now(self) -> int:
+        """See :class:`crtrace.track.armer.Armer`: all of a huge page is dirty after one fault."""
+        ranges, _ = self._scanner.scan(DIRTY, report=SOFT_DIRTY)
+        return count_pages(ranges)
+
+    def boundable(self) -> bool:
+        """See :class:`crtrace.track.armer.Armer`. Kernels that know guard regions discard memory
+        without a lock that could be counted."""
+        return large(self._effort) and not self._newer
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """See :class:`crtrace.track.armer.Armer`."""
+        own, dirty, _ = self._bits(None)
+        written = subtract(dirty, merge(self._moving, self._canaries, self._without_bits))
+        absent = subtract(space.anonymous, own)
+        return Look(intersect(written, space.anonymous), absent)
+
+    def everything(self) -> U64:
+        """See :class:`crtrace.track.armer.Armer`."""
+        ranges, _ = self._scanner.scan(pagemap.OWN)
+        return subtract(intersect(merge(ranges), self._space.private), self._without_bits)
+
+    def close(self) -> None:
+        """See :class:`crtrace.track.armer.Armer`."""
+        for name in ("_pagemap", "_clear_refs", "_mem"):
+            fd = getattr(self, name)
+            if fd >= 0:
+                os.close(fd)
+                setattr(self, name, -1)
+
+
+def _scanner(fd: int, space: AddressSpace) -> Scanner:
+    if pagemap.supported(fd, SOFT_DIRTY):
+        return pagemap.KernelScanner(fd)
+    return pagemap.PlainScanner(fd, space)

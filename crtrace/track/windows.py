@@ -1,0 +1,38 @@
+"""Where a bounded scan looks: page ranges, and whether that is shorter than looking everywhere."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from crtrace.units import U64, count_pages
+
+LARGE = 65_536
+"""Pages from which on a bounded scan may be worth it."""
+A_CALL, A_MAPPING = 2_048, 512
+"""Pages that a scan passes over while another would be begun, and while it begins with a VMA. They
+only decide which of two exact ways is taken."""
+
+
+def effort(pages: int, mappings: int) -> int:
+    """How much a scan of everything has to do, in pages."""
+    return pages + A_MAPPING * mappings
+
+
+def large(effort: int) -> bool:
+    """Whether bounds can make so much shorter."""
+    return effort >= LARGE
+
+
+def joined(ranges: U64, gap: int) -> U64:
+    """Ranges joined over gaps of no more pages: a system call less for each."""
+    if not len(ranges):
+        return ranges
+    far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > gap) + 1
+    starts, ends = np.concatenate(([0], far)), np.concatenate((far, [len(ranges)])) - 1
+    return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
+
+
+def worth_while(within: U64, effort: int) -> U64 | None:
+    """Where to look so that ``within`` is covered; None: everywhere, for that is as short."""
+    windows = joined(within, A_CALL)
+    return windows if count_pages(windows) + A_CALL * len(windows) < effort else None

@@ -1,0 +1,112 @@
+"""Soft-dirty bits: what would make them lie, and what they leave to the pause."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from crtrace.errors import FeatureMissing
+from crtrace.image.reader import Chain
+from crtrace.track.softdirty import try_on_ourselves
+from crtrace.units import PAGE_SIZE
+from tests.live.conftest import Spawn, armed_by
+from tests.live.exactness import judged, reader
+from tests.live.harness import Target, layout_mismatches
+from tests.live.runner import run
+
+SOFT_DIRTY = {"CRTRACE_ARMER": "soft-dirty"}
+
+
+@pytest.fixture
+def armer(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Sessions of the test use soft-dirty bits."""
+    yield from armed_by("soft-dirty", request)
+
+
+def test_a_kernel_without_them_is_told(spawn: Spawn, tmp_path: Path) -> None:
+    try:
+        try_on_ourselves()
+    except (OSError, FeatureMissing):
+        pass
+    else:
+        pytest.skip("cannot run here: this kernel has soft-dirty bits")
+    done = run("dump", spawn("layout").pid, "-o", tmp_path / "chain", env=SOFT_DIRTY).expect(12)
+    assert "CONFIG_MEM_SOFT_DIRTY" in done.stderr
+
+
+@pytest.mark.usefixtures("armer")
+def test_bits_that_somebody_else_takes_off_hide_nothing(spawn: Spawn, tmp_path: Path) -> None:
+    """What is written from outside has no mark of BPF's either."""
+    target = spawn("layout")
+    area = target.ask("areas")["anon_written"]["addr"]
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        for page in range(3):
+            _write(target, area + page * PAGE_SIZE)
+            Path(f"/proc/{target.pid}/clear_refs").write_text("4")
+            judge.take()
+            assert judge.stats[-1]["pages_written"] >= 1
+    with Chain.open(tmp_path / "chain") as chain:
+        assert len(chain.entries) == 4
+
+
+@pytest.mark.usefixtures("armer")
+def test_only_what_was_written_is_read(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("layout")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        whole = judge.stats[-1]
+        target.obey("write anon_written 0 8 5")
+        judge.take()
+    assert whole["precopy_stops"] >= 1
+    assert judge.stats[-1]["precopy_stops"] == 0
+    assert 8 <= judge.stats[-1]["pages_scanned"] < whole["pages_scanned"] / 3
+
+
+@pytest.mark.usefixtures("armer")
+def test_much_that_was_written_is_copied_before_the_pause(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("bench", "--mib", 64)
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        target.obey("random 12000")
+        judge.take()
+    stats = judge.stats[-1]
+    assert stats["precopy_stops"] >= 1
+    assert stats["precopy_stopped_time"] > 0
+    assert stats["pages_residual"] < 1000
+    assert stats["pages_scanned"] > 8000
+
+
+@pytest.mark.usefixtures("armer")
+def test_huge_pages_without_bits_are_read_each_time(
+    spawn: Spawn, tmp_path: Path, hugetlb_pages: int
+) -> None:
+    target = spawn("layout")
+    pages = target.ask("areas")["hugetlb"]["pages"]
+    with judged(target.pid, tmp_path / "chain") as judge:
+        for seed in range(3):
+            target.obey(f"write hugetlb 0 {seed + 1} {seed}")
+            judge.take()
+            assert judge.stats[-1]["pages_unarmed"] >= pages
+        with judge.epoch() as epoch:
+            assert layout_mismatches(reader(epoch), target) == []
+
+
+@pytest.mark.usefixtures("armer")
+def test_two_of_us_do_not_take_each_other_s_bits(spawn: Spawn, tmp_path: Path) -> None:
+    target = spawn("layout")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        busy = run("dump", target.pid, "-o", tmp_path / "other", env=SOFT_DIRTY).expect(13)
+        assert "another crtrace" in busy.stderr
+        judge.take()
+    run("dump", target.pid, "-o", tmp_path / "other", env=SOFT_DIRTY).expect(0)
+
+
+def _write(target: Target, address: int) -> None:
+    with open(f"/proc/{target.pid}/mem", "r+b", buffering=0) as memory:
+        (byte,) = os.pread(memory.fileno(), 1, address)
+        os.pwrite(memory.fileno(), bytes([byte ^ 0xFF]), address)

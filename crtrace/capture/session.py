@@ -46,6 +46,8 @@ from crtrace.units import (
 
 LITTLE = 512
 """Pages that may be left for the pause: about 0.5 ms of copying."""
+SCRAPS = 64
+"""Pages that another round before the pause would not make fewer."""
 AT_ONCE = BUFFERS * CHUNK_PAGES // 2
 """Pages that can be collected without waiting for the writers, and leave room for the pause."""
 PAGES_PER_MS = 800
@@ -203,8 +205,8 @@ class Session:
     def _precopy(self, work: Work, image: ImageWriter, full: bool) -> None:
         """Copy what was written, again and again, until little is left for the pause.
 
-        The last round is only collected, not yet compressed: it lasts as long as copying takes, so
-        that the targets can write little meanwhile.
+        The last rounds are only collected, not yet compressed: they last as long as copying takes,
+        so that the targets can write little meanwhile.
         """
         for target in self._tree.targets():
             work.parts[target.space] = Part(target.carried, full or target.fresh, target.fresh)
@@ -218,7 +220,16 @@ class Session:
                 left = self._precopy_round(work, image)
         self._pipeline.hold()
         if left > little or not (self._must_stand_still() or self._guided()):
+            self._collect_last(work, image, left)
+
+    def _collect_last(self, work: Work, image: ImageWriter, left: int) -> None:
+        """Copy what is written now into buffers only; again while that leaves much less."""
+        while True:
+            faults, before = self._tree.faults(), left
             self._collect(work, image)
+            left = self._written_since(faults)
+            if not SCRAPS < left < before / 2 or self._must_stand_still():
+                return
 
     def _guided(self) -> bool:
         """Whether no scan of the pause would look at much more than what is marked."""

@@ -8,13 +8,15 @@ and undoes everything when it dies, however it dies.
 
 from __future__ import annotations
 
+import errno
 import importlib.resources
 import logging
 import os
+import resource
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -26,13 +28,15 @@ from crtrace.errors import FeatureMissing
 from crtrace.linux import bpf
 from crtrace.track.bytecode import BpfMap, BpfProgram, Bytecode, cache_key, keep, recall
 from crtrace.track.headers import find_headers
-from crtrace.units import PAGE_SIZE
+from crtrace.units import PAGE_SIZE, human_bytes
 
 log = logging.getLogger("crtrace")
 
 REGIONS = 65_536
 """Regions that each generation of the written-page map holds: 128 GiB when densely written."""
 TARGETS = 4_096
+PATIENCE = 120.0
+"""Seconds that the compiler may take: half of one is usual."""
 RING_PAGES = 512
 """4096-byte pages of the ring that tells of newly marked regions: 87,000 of 24 bytes each."""
 
@@ -107,23 +111,17 @@ class Loading:
             except OSError as error:
                 log.debug("BPF code that was kept does not load, compiling anew: %s", error)
                 self._child = _compiler()
-        code = self._compiled()
+        assert self._child
+        code = _result_of(self._child)
         try:
             programs = self._load(code, f"compiled with headers {code.headers}")
         except OSError as error:
-            raise FeatureMissing(f"BPF programs cannot be loaded: {error}", hint=_HINT) from error
+            raise _failure(f"{error}{_limit_behind(error)}") from error
         keep(self._key, code)
         return programs
 
-    def _compiled(self) -> Bytecode:
-        assert self._child
-        data, errors = self._child.communicate()
-        if self._child.returncode or not data:
-            said = _last_lines(errors.decode(errors="replace").strip())
-            raise FeatureMissing(f"BPF programs cannot be loaded: {said}", hint=_HINT)
-        return Bytecode.unpack(data)
-
     def _load(self, code: Bytecode, origin: str) -> Programs:
+        _allow_locked_memory()
         with ExitStack() as undo:
 
             def held(fd: int) -> int:
@@ -161,9 +159,15 @@ class Loading:
             self._child.communicate()
 
 
+def compiled() -> Bytecode:
+    """Compile now, whatever is kept; ``FeatureMissing`` with what was said instead."""
+    return _result_of(_compiler())
+
+
 def _compiler() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "crtrace.track.loader"],
+        # -P: the current directory, which may be anybody's, is no place to import from
+        [sys.executable, "-P", "-m", "crtrace.track.loader"],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -171,12 +175,45 @@ def _compiler() -> subprocess.Popen[bytes]:
     )
 
 
-_HINT = "crtrace check tells what is missing; scripts/setup installs it"
+def _result_of(child: subprocess.Popen[bytes]) -> Bytecode:
+    try:
+        data, errors = child.communicate(timeout=PATIENCE)
+    except subprocess.TimeoutExpired:
+        child.kill()
+        child.communicate()
+        raise _failure(f"the compiler has not come to an end in {PATIENCE:.0f} s") from None
+    if child.returncode or not data:
+        raise _failure(_last_lines(errors.decode(errors="replace").strip()))
+    return Bytecode.unpack(data)
+
+
+def _failure(said: str) -> FeatureMissing:
+    return FeatureMissing(
+        f"BPF programs cannot be loaded: {said}",
+        hint="crtrace check tells what is missing; scripts/setup installs it",
+    )
+
+
+def _allow_locked_memory() -> None:
+    """Before Linux 5.11, BPF maps are charged to this limit. Only who may raises it further."""
+    _, most = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    for limit in (most, resource.RLIM_INFINITY):
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (limit, limit))
+
+
+def _limit_behind(error: OSError) -> str:
+    """What else a refusal may mean."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if error.errno != errno.EPERM or limit == resource.RLIM_INFINITY:
+        return ""
+    return f"; before Linux 5.11, ulimit -l counts for BPF: it is {human_bytes(limit)} here"
 
 
 def _last_lines(text: str, count: int = 3) -> str:
-    """What the compiler or the kernel said, without Python's own lines."""
+    """What the compiler or the kernel said, without Python's own lines; its first error, if any."""
     lines = [line for line in text.splitlines() if not line.startswith(("Traceback", " "))]
+    lines = [line for line in lines if "error: " in line][:1] or lines
     return " | ".join(lines[-count:]) or "the compiler died without a word"
 
 

@@ -124,6 +124,12 @@ def as_nobody() -> tuple[str, ...]:
     return (*plain, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
 
 
+def fake_bcc(folder: Path, body: str) -> dict[str, str]:
+    """An environment in which another ``bcc`` is found."""
+    (folder / "bcc.py").write_text(body)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+
+
 class Watching:
     """``crtrace watch PID --json`` in the background; killed at the end of the block if need be."""
 

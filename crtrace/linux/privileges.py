@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from crtrace.errors import NotPermitted
 from crtrace.linux.procfs import parse_status
 
@@ -21,6 +23,7 @@ STAND_INS = {
     "CAP_DAC_READ_SEARCH": "CAP_DAC_OVERRIDE",
 }
 """The capability that includes another one."""
+_INITIAL_USER_NAMESPACE = 0xEFFFFFFD  # PROC_USER_INIT_INO, the inode that the kernel gives it
 
 
 def missing_capabilities() -> list[str]:
@@ -35,7 +38,13 @@ def missing_capabilities() -> list[str]:
 def require_capabilities() -> None:
     """Raise ``NotPermitted`` naming what is missing."""
     if missing := missing_capabilities():
+        inside = "in a container, start it with --privileged, or with --cap-add for each"
         raise NotPermitted(
             f"watching a process needs {', '.join(missing)}",
-            hint="run as root: sudo scripts/crtrace …",
+            hint="run as root: sudo scripts/crtrace …" if os.geteuid() else inside,
+        )
+    if os.stat("/proc/self/ns/user").st_ino != _INITIAL_USER_NAMESPACE:
+        raise NotPermitted(
+            "the capabilities here are those of a user namespace, which count only inside of it",
+            hint="run as the root of the machine; a container must not be a rootless one",
         )

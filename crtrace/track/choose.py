@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from crtrace.errors import CrtraceError, UsageError
 from crtrace.linux.addrspace import AddressSpace
@@ -15,37 +16,55 @@ from crtrace.track.softdirty import SoftDirtyArmer
 from crtrace.track.userfaultfd import UserfaultfdArmer
 
 VARIABLE = "CRTRACE_ARMER"
-_ARMERS: dict[str, type[UserfaultfdArmer | SoftDirtyArmer | CompareArmer]] = {
-    armer.name: armer for armer in (UserfaultfdArmer, SoftDirtyArmer, CompareArmer)
-}
-_TRIALS: dict[str, Callable[[], None]] = {
-    UserfaultfdArmer.name: userfaultfd.try_on_ourselves,
-    SoftDirtyArmer.name: softdirty.try_on_ourselves,
-}
-"""Those that not every kernel has, the best first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """A way to find what was written. ``means`` is what follows for who watches."""
+
+    armer: Callable[[Process, AddressSpace], Armer]
+    try_on_ourselves: Callable[[], None]
+    """Raises ``OSError`` or a ``CrtraceError`` where it does not work."""
+    means: str
+
+
+WAYS = {
+    UserfaultfdArmer.name: Way(
+        UserfaultfdArmer, userfaultfd.try_on_ourselves,
+        "the kernel notes what is written, so pauses stay short however large the target is",
+    ),
+    SoftDirtyArmer.name: Way(
+        SoftDirtyArmer, softdirty.try_on_ourselves,
+        "pages tell that they were written, so the pause grows slowly with the target,"
+        " and there is a second one before it where much was written",
+    ),
+    CompareArmer.name: Way(
+        CompareArmer, lambda: None,
+        "all memory is read in each pause and compared, so the pause grows with the target",
+    ),
+}  # fmt: skip
+"""By the name that the environment has for it, the best first. The last one works everywhere."""
 
 
 def choose(process: Process, space: AddressSpace) -> Armer:
     """An armer for a process; ``UsageError`` if the environment asks for one that nobody knows,
     ``FeatureMissing`` or ``OSError`` if for one that does not work here."""
-    return _ARMERS[armer_name()](process, space)
+    return WAYS[armer_name()].armer(process, space)
 
 
 def armer_name() -> str:
     """Which armer is used here; ``UsageError`` as for :func:`choose`."""
-    name = os.environ.get(VARIABLE)
-    if not name:
-        return next((name for name in _TRIALS if _works(name)), CompareArmer.name)
-    if name not in _ARMERS:
+    name = os.environ.get(VARIABLE) or next(filter(_works, WAYS))
+    if name not in WAYS:
         raise UsageError(
-            f"{VARIABLE} is {name!r}", hint=f"it can be {' or '.join(_ARMERS)}, or be left away"
+            f"{VARIABLE} is {name!r}", hint=f"it can be {' or '.join(WAYS)}, or be left away"
         )
     return name
 
 
 def _works(name: str) -> bool:
     try:
-        _TRIALS[name]()
+        WAYS[name].try_on_ourselves()
     except (OSError, CrtraceError):
         return False
     return True

@@ -57,23 +57,6 @@ def written() -> Iterator[tuple[Path, list[Event]]]:
         yield path, events
 
 
-# --- check ---
-
-
-def test_check_tries_everything_and_says_what_follows() -> None:
-    (report,) = run("check", "--json").expect(0).events
-    lines = run("check").expect(0).stdout.splitlines()
-    assert report["works"] is True
-    assert lines[-1] == "watch works here"
-    names = {probe["name"] for probe in report["probes"]}
-    assert {"privileges", "BPF programs", "kernel headers", "ptrace"} <= names
-    for probe in report["probes"]:
-        assert {"ok", "found", "required", "consequence", "remedy"} <= probe.keys()
-        assert probe["found"]
-        assert probe["ok"] or not probe["required"]
-        assert any(f"  {probe['name']}: " in line for line in lines)
-
-
 # --- watch: where, how often, how long ---
 
 

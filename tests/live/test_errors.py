@@ -210,14 +210,6 @@ def test_without_privileges_the_missing_ones_are_named(
     assert not chain.exists()
 
 
-def test_check_without_privileges_says_that_watch_cannot_work() -> None:
-    (report,) = run("check", "--json", before=as_nobody()).expect(12).events
-    assert not report["works"]
-    bad = [probe for probe in report["probes"] if not probe["ok"] and probe["required"]]
-    assert bad
-    assert all(probe["consequence"] and probe["remedy"] for probe in bad)
-
-
 def test_without_kernel_headers_the_feature_is_missing(
     spawn: Spawn, chain: Path, tmp_path: Path
 ) -> None:

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
 from scripts.vm_box import NAME, get_box
 from scripts.vm_image import KERNELS, find_kernel, get_image
 from scripts.vm_machine import TREE, Size, VmError, command_text, run, say
+from scripts.vm_matrix import SCRIPT, TESTS, Outcome, outcomes_in, table
 
 CACHE = Path("/var/cache/crtrace/vm")
 HOST = "host"
@@ -27,12 +25,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILED = 125
 """The exit code when there is none of the command, as podman and docker have it."""
 
-# On the host and in a guest alike: whether watching works, then the tests.
-TESTS = """\
-scripts/setup test >&2
-scripts/crtrace check --json >"$CRTRACE_RESULTS/check.json" || true
-exec scripts/test --junitxml="$CRTRACE_RESULTS/junit.xml" "$@"
-"""
+WITH_REPORT = 'exec scripts/test --junitxml="$CRTRACE_RESULTS/junit.xml" "$@"'
 
 EPILOG = f"""\
 Kernels: {", ".join(f"{kernel.version} (Debian {kernel.suite})" for kernel in KERNELS)}.
@@ -78,87 +71,36 @@ def in_guest(
                out=out, err=sys.stderr.buffer, results=results)  # fmt: skip
 
 
-def run_tests(where: str, options: Options, out: IO[bytes]) -> int:
-    """Run the tests on a kernel of the list or on the host, and keep what they reported."""
+def results_of(where: str, options: Options) -> Path:
+    """An empty directory for what comes out in one place."""
     results = options.results / where
     shutil.rmtree(results, ignore_errors=True)
     results.mkdir(parents=True)
-    command = ["bash", "-euc", TESTS, "tests", *options.words]
-    if where == HOST:
-        environment = {**os.environ, "CRTRACE_RESULTS": str(results)}
-        code = subprocess.run(
-            command, cwd=TREE, env=environment, stdout=out, check=False
-        ).returncode
-    else:
-        code = in_guest(where, command, options, out, results)
-    say(f"results are in {results}")
-    return code
+    return results
 
 
-# --- Results ------------------------------------------------------------------------------------
+def run_matrix(where: str, options: Options) -> list[Outcome]:
+    """Run the tests on a kernel of the list or on the host; the rows that come of it.
 
-
-@dataclass
-class Outcome:
-    """What came out of the tests in one place."""
-
-    kernel: str
-    armer: str = "?"
-    passed: int = 0
-    skipped: Counter[str] = field(default_factory=Counter)
-    """How many, by reason."""
-    failed: list[str] = field(default_factory=list)
-
-
-def read_check(outcome: Outcome, text: str) -> None:
-    """Take the kernel and the armer from what ``crtrace check --json`` printed."""
-    facts = json.loads(text)
-    probes = {probe["name"]: probe for probe in facts["probes"]}
-    outcome.kernel += f": {probes['machine']['found'].rpartition(', ')[2]}"
-    armed = probes["userfaultfd write protection"]["ok"]
-    outcome.armer = ("userfaultfd" if armed else "compare") if facts["works"] else "cannot watch"
-
-
-def read_junit(outcome: Outcome, text: str) -> None:
-    """Count what a JUnit report of pytest has."""
-    for case in ET.fromstring(text).iter("testcase"):
-        name = f"{case.get('classname')}::{case.get('name')}"
-        skipped = case.find("skipped")
-        if case.find("failure") is not None or case.find("error") is not None:
-            outcome.failed.append(name)
-        elif skipped is not None:
-            outcome.skipped[skipped.get("message", "").removeprefix("cannot run here: ")] += 1
+    All that pytest says goes to stderr. That a machine fails does not end the others.
+    """
+    results = results_of(where, options)
+    command = ["bash", "-euc", SCRIPT, "matrix", *(options.words or TESTS)]
+    place = "the host" if where == HOST else f"Debian {find_kernel(where).suite} in a VM"
+    say(f"=== {where}")
+    try:
+        if where == HOST:
+            environment = {**os.environ, "CRTRACE_RESULTS": str(results)}
+            code = subprocess.run(
+                command, cwd=TREE, env=environment, stdout=sys.stderr, check=False
+            ).returncode
         else:
-            outcome.passed += 1
-
-
-def outcome_in(directory: Path, code: int) -> Outcome:
-    """Read the results that are there; that a report is missing is a failure, too."""
-    outcome = Outcome(directory.name)
-    check, junit = directory / "check.json", directory / "junit.xml"
-    if check.exists() and check.stat().st_size:
-        read_check(outcome, check.read_text())
-    if junit.exists():
-        read_junit(outcome, junit.read_text())
-    if code and not outcome.failed:
-        outcome.failed.append(f"scripts/test as a whole, exit code {code}")
-    return outcome
-
-
-def table(outcomes: Sequence[Outcome]) -> str:
-    """The results as Markdown."""
-    lines = ["| kernel | armer | passed | skipped | failed |", "| --- | --- | --- | --- | --- |"]
-    lines += [
-        f"| {each.kernel} | {each.armer} | {each.passed} "
-        f"| {each.skipped.total()} | {len(each.failed)} |"
-        for each in outcomes
-    ]
-    for each in outcomes:
-        notes = [f"- skipped, {count}: {why}" for why, count in each.skipped.most_common()]
-        notes += [f"- failed: {name}" for name in each.failed]
-        if notes:
-            lines += ["", f"{each.kernel}", "", *notes]
-    return "\n".join([*lines, ""])
+            code = in_guest(where, command, options, sys.stderr.buffer, results)
+    except VmError as error:
+        say(str(error))
+        return [Outcome(place, failed=[f"the machine: {str(error).splitlines()[0]}"])]
+    say(f"results are in {results}")
+    return outcomes_in(results, place, code)
 
 
 # --- Commands -----------------------------------------------------------------------------------
@@ -169,15 +111,17 @@ def command_run(options: Options) -> int:
 
 
 def command_test(options: Options) -> int:
-    return run_tests(options.kernels[0], options, sys.stdout.buffer)
+    kernel = options.kernels[0]
+    results = results_of(kernel, options)
+    command = ["bash", "-euc", WITH_REPORT, "test", *options.words]
+    code = in_guest(kernel, command, options, sys.stdout.buffer, results)
+    say(f"results are in {results}")
+    return code
 
 
 def command_matrix(options: Options) -> int:
-    outcomes = []
-    for where in [*options.kernels, HOST]:
-        say(f"=== {where}")
-        code = run_tests(where, options, sys.stderr.buffer)
-        outcomes.append(outcome_in(options.results / where, code))
+    places = [*options.kernels, HOST]
+    outcomes = [row for where in places for row in run_matrix(where, options)]
     print(table(outcomes), end="")
     return int(any(outcome.failed for outcome in outcomes))
 
@@ -215,7 +159,8 @@ def parser() -> argparse.ArgumentParser:
     for name, options, text, words in (
         ("run", running, "run a command in a copy of the tree", "-- COMMAND..."),
         ("test", testing, "run scripts/test there", "[-- PYTEST ARGUMENTS...]"),
-        ("matrix", testing, "run scripts/test on all kernels and on the host, and print a table",
+        ("matrix", testing, "run the tests that depend on the kernel, or those named, on all"
+         " kernels and on the host, with each armer that works there, and print a table",
          "[-- PYTEST ARGUMENTS...]"),
         ("box", making, "make a Vagrant box for the Vagrantfile, and say how to use it", ""),
     ):  # fmt: skip

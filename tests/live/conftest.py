@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ import pytest
 
 from crtrace.errors import FeatureMissing
 from crtrace.linux.events import open_accounting
+from crtrace.track.choose import VARIABLE
 from crtrace.track.loader import Loading, Programs
 from crtrace.track.softdirty import try_on_ourselves as try_soft_dirty
 from crtrace.track.userfaultfd import try_on_ourselves as try_userfaultfd
 from tests.live.harness import Target
 
 HERE = Path(__file__).parent
+ASKED_FOR = os.environ.get(VARIABLE)
+"""The only armer that there shall be; tests may set it for themselves."""
 Spawn = Callable[..., Target]
 Places = Callable[[str], Path]
 
@@ -51,6 +55,7 @@ def userfaultfd() -> None:
         try_userfaultfd()
     except (OSError, FeatureMissing):
         pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
+    _skip_unless_asked_for("userfaultfd")
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +65,17 @@ def soft_dirty() -> None:
         try_soft_dirty()
     except (OSError, FeatureMissing):
         pytest.skip("cannot run here: no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+    _skip_unless_asked_for("soft-dirty")
+
+
+def _skip_unless_asked_for(name: str) -> None:
+    if ASKED_FOR not in (None, name):
+        pytest.skip(f"cannot run here: {VARIABLE} asks for {ASKED_FOR}")
+
+
+def asked_of(*names: str) -> list[str]:
+    """Which of these armers a test can be run with; one at least, to be skipped aloud."""
+    return [name for name in names if ASKED_FOR in (None, name)] or [names[0]]
 
 
 def armed_by(name: str, request: pytest.FixtureRequest) -> Iterator[str]:

@@ -21,7 +21,7 @@ from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading
 from crtrace.units import PAGE_SIZE, U64, Pid
-from tests.live.conftest import Spawn, armed_by
+from tests.live.conftest import Spawn, armed_by, asked_of
 from tests.live.exactness import judged
 from tests.live.harness import Target, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
@@ -44,7 +44,7 @@ def small_targets_too() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=["userfaultfd", "soft-dirty"], scope="module")
+@pytest.fixture(params=asked_of("userfaultfd", "soft-dirty"), scope="module")
 def armer(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each armer whose scans can be bounded, where the kernel has what it needs."""
     yield from armed_by(request.param, request)

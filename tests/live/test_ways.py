@@ -15,11 +15,11 @@ import pytest
 
 from crtrace.image.epoch import Epoch
 from crtrace.units import PAGE_SIZE
-from tests.live.conftest import armed_by, reserved_hugetlb_pages
+from tests.live.conftest import armed_by, asked_of, reserved_hugetlb_pages
 from tests.live.exactness import Judged, judged, reader
 from tests.live.harness import Target, Untouched, shadow_mismatches
 
-ARMERS = ("userfaultfd", "soft-dirty", "compare")
+ARMERS = asked_of("userfaultfd", "soft-dirty", "compare")
 
 WAYS = {
     "stores by several threads": "threads",

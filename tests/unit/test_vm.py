@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
 import struct
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts import vm, vm_box, vm_image, vm_machine
+from scripts import vm, vm_box, vm_image, vm_machine, vm_matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZE = vm_machine.Size(2, 1024)
@@ -249,51 +250,83 @@ def test_the_guest_is_ready_and_ends_when_it_says_so() -> None:
 
 # --- Results ------------------------------------------------------------------------------------
 
-CHECK = """{{"works":{works},"probes":[
-    {{"name":"machine","ok":true,"found":"x86_64, pages of 4096 bytes, Linux 6.1.0-test"}},
-    {{"name":"userfaultfd write protection","ok":{armed},"found":""}}]}}"""
+MACHINE = {
+    "name": "machine", "importance": "required", "ok": True,
+    "found": "x86_64, pages of 4096 bytes, Linux 6.1.0-test",
+}  # fmt: skip
 JUNIT = """<testsuites><testsuite>
     <testcase classname="tests.a" name="good"/>
     <testcase classname="tests.a" name="bad"><failure message="no">no</failure></testcase>
     <testcase classname="tests.a" name="worse"><error message="no">no</error></testcase>
     <testcase classname="tests.b" name="b[1]"><skipped message="cannot run here: no x"/></testcase>
     <testcase classname="tests.b" name="b[2]"><skipped message="cannot run here: no x"/></testcase>
+    <testcase classname="tests.b" name="b[3]"><skipped message="cannot run here: no y"/></testcase>
     </testsuite></testsuites>"""
 
 
-def test_results_are_counted(tmp_path: Path) -> None:
-    directory = tmp_path / "6.1"
+def report(folder: Path, armer: str, *probes: dict[str, object], works: bool = True) -> Path:
+    """Leave what ``crtrace check --json`` says; the directory of that armer."""
+    directory = folder / armer
     directory.mkdir()
-    (directory / "check.json").write_text(CHECK.format(works="true", armed="false"))
-    (directory / "junit.xml").write_text(JUNIT)
-    outcome = vm.outcome_in(directory, 1)
-    assert outcome.kernel == "6.1: Linux 6.1.0-test"
-    assert (outcome.armer, outcome.passed) == ("compare", 1)
-    assert outcome.skipped == {"no x": 2}
-    assert outcome.failed == ["tests.a::bad", "tests.a::worse"]
-    assert vm.table([outcome]).splitlines()[2:] == [
-        "| 6.1: Linux 6.1.0-test | compare | 1 | 2 | 2 |",
+    found = {"works": works, "armer": armer if works else None, "probes": [MACHINE, *probes]}
+    (directory / "check.json").write_text(json.dumps(found))
+    return directory
+
+
+def test_results_are_counted_for_each_armer_that_works(tmp_path: Path) -> None:
+    covered = {"name": "BPF coverage", "importance": "better", "ok": True, "found": "all"}
+    report(tmp_path, "soft-dirty", works=False)
+    (report(tmp_path, "userfaultfd", covered) / "junit.xml").write_text(JUNIT)
+    (report(tmp_path, "compare") / "junit.xml").write_text("<testsuite><testcase/></testsuite>")
+    outcomes = vm_matrix.outcomes_in(tmp_path, "a VM", 0)
+    assert outcomes[0].skipped == {"no x": 2, "no y": 1}
+    assert vm_matrix.table(outcomes).splitlines()[2:] == [
+        "| Linux 6.1.0-test, a VM | userfaultfd | all | 1 | 3 | 2 |",
+        "| Linux 6.1.0-test, a VM | compare | page faults | 1 | 0 | 0 |",
         "",
-        "6.1: Linux 6.1.0-test",
-        "",
-        "- skipped, 2: no x",
-        "- failed: tests.a::bad",
-        "- failed: tests.a::worse",
+        "- Linux 6.1.0-test, a VM, userfaultfd, skipped: 2 × no x; 1 × no y",
+        "- Linux 6.1.0-test, a VM, userfaultfd, failed: tests.a::bad",
+        "- Linux 6.1.0-test, a VM, userfaultfd, failed: tests.a::worse",
     ]
 
 
-@pytest.mark.parametrize(
-    ("works", "armed", "armer"),
-    [("true", "true", "userfaultfd"), ("false", "true", "cannot watch")],
-)
-def test_the_armer_is_the_one_that_check_found(works: str, armed: str, armer: str) -> None:
-    outcome = vm.Outcome("host")
-    vm.read_check(outcome, CHECK.format(works=works, armed=armed))
-    assert outcome.armer == armer
+def test_where_watching_cannot_work_that_is_a_failed_row(tmp_path: Path) -> None:
+    lacking = {"name": "BPF programs", "importance": "required", "ok": False}
+    for armer in vm_matrix.ARMERS:
+        report(tmp_path, armer, lacking, works=False)
+    (outcome,) = vm_matrix.outcomes_in(tmp_path, "a VM", 0)
+    assert (outcome.armer, outcome.failed) == ("none", ["crtrace check: BPF programs"])
 
 
 def test_a_run_that_left_no_report_has_failed(tmp_path: Path) -> None:
-    assert vm.outcome_in(tmp_path, 125).failed == ["scripts/test as a whole, exit code 125"]
+    assert vm_matrix.outcomes_in(tmp_path, "here", 0)[0].failed == ["crtrace check: no report"]
+    (outcome,) = vm_matrix.outcomes_in(tmp_path, "here", 125)
+    assert outcome.failed == ["the run as a whole, exit code 125"]
+    report(tmp_path, "compare")
+    (outcome,) = vm_matrix.outcomes_in(tmp_path, "here", 0)
+    assert outcome.failed == ["pytest as a whole: it left no report"]
+
+
+def test_a_machine_that_fails_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> int:
+        raise vm_machine.VmError("it burns\nand the console said much")
+
+    monkeypatch.setattr(vm, "in_guest", fail)
+    monkeypatch.setattr(vm, "SCRIPT", 'mkdir "$CRTRACE_RESULTS/compare"; exit 3')
+    options = vm.parse(["matrix", "--kernel", "6.1", "--cache", str(tmp_path)])[1]
+    assert vm.command_matrix(options) == 1
+    printed = capfd.readouterr().out
+    assert "| Debian bookworm in a VM | none |  | 0 | 0 | 1 |" in printed
+    assert "failed: the machine: it burns\n" in printed
+    assert "the host, none, failed: the run as a whole, exit code 3" in printed
+
+
+def test_the_matrix_runs_tests_that_there_are() -> None:
+    assert [name for name in vm_matrix.TESTS if not (ROOT / name).exists()] == []
+    for armer in vm_matrix.ARMERS:
+        assert armer in vm_matrix.SCRIPT
 
 
 # --- Vagrant ------------------------------------------------------------------------------------

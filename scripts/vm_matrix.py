@@ -1,0 +1,124 @@
+"""What ``scripts/vm matrix`` runs on each kernel, once for each armer, and the table of it."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+TESTS = (
+    "tests/live/test_check.py",  # what is found out about the machine
+    "tests/live/test_loader.py",  # BPF is compiled, loaded, attached
+    "tests/live/test_marks.py",  # and sees what is written
+    "tests/live/test_exact.py",  # images are what the target had
+    "tests/live/test_ways.py",  # however that came to be
+    "tests/live/test_bounded.py",  # also where a scan looks only in places
+    "tests/live/test_compare.py",
+    "tests/live/test_pins.py",  # and what devices do
+    "tests/live/test_shared.py",
+    "tests/live/test_tree.py",
+    "tests/live/test_harmless.py",  # and the target goes on as before
+    "tests/live/test_untouched.py",
+)
+"""What can come out differently on another kernel or with another armer, and does not take hours
+where the processor is emulated. Images and commands that read them are the same everywhere."""
+
+ARMERS = ("userfaultfd", "soft-dirty", "compare")
+"""With ``compare`` nothing is armed, so that row is that of a kernel where nothing can be."""
+
+SCRIPT = f"""\
+scripts/setup test >&2
+export PATH=$PWD/.venv/bin:$PATH CRTRACE_CI=1 CRTRACE_SEEDS=${{CRTRACE_SEEDS:-1}}
+for armer in ${{CRTRACE_ARMER:-{" ".join(ARMERS)}}}; do
+    export CRTRACE_ARMER=$armer
+    results=$CRTRACE_RESULTS/$armer
+    mkdir "$results"
+    scripts/crtrace check --json >"$results/check.json" || continue
+    echo "=== $armer" >&2
+    python -m pytest --junitxml="$results/junit.xml" "$@" || true
+done
+"""
+
+
+@dataclass
+class Outcome:
+    """What came out of the tests in one place, with one armer."""
+
+    kernel: str
+    armer: str = "none"
+    coverage: str = ""
+    passed: int = 0
+    skipped: Counter[str] = field(default_factory=Counter)
+    """How many, by reason."""
+    failed: list[str] = field(default_factory=list)
+
+
+def outcomes_in(directory: Path, where: str, code: int) -> list[Outcome]:
+    """The rows of one place, of which there is always one: that nothing works is a failure."""
+    rows, missing = [], ""
+    for armer in ARMERS:
+        report = directory / armer / "check.json"
+        text = report.read_text() if report.exists() else ""
+        found = json.loads(text) if text else {"works": False, "probes": []}
+        if found["works"]:
+            rows.append(_outcome(directory / armer / "junit.xml", where, found))
+        else:
+            missing = _missing(found)
+    if code or not rows:
+        rows = rows or [Outcome(where)]
+        rows[-1].failed.append(f"the run as a whole, exit code {code}" if code else missing)
+    return rows
+
+
+def _missing(found: dict[str, Any]) -> str:
+    names = [each["name"] for each in found["probes"]
+             if each["importance"] == "required" and not each["ok"]]  # fmt: skip
+    return f"crtrace check: {', '.join(names) or 'no report'}"
+
+
+def _outcome(junit: Path, where: str, found: dict[str, Any]) -> Outcome:
+    probes = {probe["name"]: probe for probe in found["probes"]}
+    release = probes["machine"]["found"].rpartition(", ")[2]
+    coverage = probes.get("BPF coverage", {"found": "page faults"})["found"]
+    outcome = Outcome(f"{release}, {where}", found["armer"], coverage)
+    if junit.exists():
+        _count(outcome, junit.read_text())
+    else:
+        outcome.failed.append("pytest as a whole: it left no report")
+    return outcome
+
+
+def _count(outcome: Outcome, report: str) -> None:
+    """Take in a JUnit report of pytest."""
+    for case in ET.fromstring(report).iter("testcase"):
+        skipped = case.find("skipped")
+        if case.find("failure") is not None or case.find("error") is not None:
+            outcome.failed.append(f"{case.get('classname')}::{case.get('name')}")
+        elif skipped is not None:
+            outcome.skipped[skipped.get("message", "").removeprefix("cannot run here: ")] += 1
+        else:
+            outcome.passed += 1
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """The results as Markdown."""
+    lines = [
+        "| kernel | armer | BPF coverage | passed | skipped | failed |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    lines += [
+        f"| {each.kernel} | {each.armer} | {each.coverage} | {each.passed} "
+        f"| {each.skipped.total()} | {len(each.failed)} |"
+        for each in outcomes
+    ]
+    notes = []
+    for each in outcomes:
+        reasons = "; ".join(f"{count} × {why}" for why, count in each.skipped.most_common())
+        if reasons:
+            notes.append(f"- {each.kernel}, {each.armer}, skipped: {reasons}")
+        notes += [f"- {each.kernel}, {each.armer}, failed: {name}" for name in each.failed]
+    return "\n".join([*lines, "", *notes, ""] if notes else [*lines, ""])

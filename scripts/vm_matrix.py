@@ -11,21 +11,39 @@ from pathlib import Path
 from typing import Any
 
 TESTS = (
-    "tests/live/test_check.py",  # what is found out about the machine
-    "tests/live/test_loader.py",  # BPF is compiled, loaded, attached
-    "tests/live/test_marks.py",  # and sees what is written
-    "tests/live/test_exact.py",  # images are what the target had
-    "tests/live/test_ways.py",  # however that came to be
-    "tests/live/test_bounded.py",  # also where a scan looks only in places
+    # What is found out about the machine; BPF is compiled, loaded and attached, and sees writes.
+    "tests/live/test_check.py::test_check_tries_everything_the_most_important_first",
+    "tests/live/test_check.py::test_code_that_was_kept_needs_no_headers",
+    "tests/live/test_loader.py",
+    "tests/live/test_marks.py::test_several_processes_are_told_apart",
+    "tests/live/test_marks.py::test_the_first_faults_of_children_are_seen",
+    "tests/live/test_marks.py::test_changes_of_the_address_space_are_counted",
+    "tests/live/test_marks.py::test_bpf_and_scan_agree_on_scattered_writes",
+    "tests/live/test_marks.py::test_watch_works_from_inside_a_pid_namespace",
+    # Images are what the target had, in whatever way that came to be.
     "tests/live/test_compare.py",
-    "tests/live/test_pins.py",  # and what devices do
-    "tests/live/test_shared.py",
-    "tests/live/test_tree.py",
-    "tests/live/test_harmless.py",  # and the target goes on as before
+    "tests/live/test_softdirty.py",
+    "tests/live/test_exact.py::test_epochs_of_threads_that_write_without_pause_are_exact",
+    "tests/live/test_exact.py::test_epochs_are_exact_after_any_mixture_of_changes[0]",
+    "tests/live/test_pins.py",
+    "tests/live/test_shared.py::test_each_way_of_changing_shared_memory_is_captured",
+    "tests/live/test_tree.py::test_a_family_that_is_there_already_is_captured_whole",
+    "tests/live/test_tree.py::test_children_that_come_between_epochs_are_captured",
+    "tests/live/test_ways.py",
+    # Also where a scan looks only in places.
+    "tests/live/test_bounded.py::test_a_quiet_target_is_scanned_within_bounds",
+    "tests/live/test_bounded.py::test_what_nobody_could_notice_is_told_afterwards",
+    "tests/live/test_bounded.py::test_a_target_is_exact_while_the_kernel_compacts_memory",
+    "tests/live/test_bounded.py::test_bpf_tells_address_spaces_apart",
+    "tests/live/test_bounded.py::test_somebody_else_in_the_memory_is_told_from_the_target_itself",
+    "tests/live/test_bounded.py::test_regions_are_told_once_in_a_generation",
+    # The target goes on as before, even when crtrace is killed.
     "tests/live/test_untouched.py",
+    "tests/live/test_tree.py::test_a_whole_tree_goes_on_when_crtrace_is_killed",
 )
-"""What can come out differently on another kernel or with another armer, and does not take hours
-where the processor is emulated. Images and commands that read them are the same everywhere."""
+"""What can come out differently on another kernel or with another armer, chosen so that a row takes
+less than half an hour where the processor is emulated, which costs 13 times the processor's time.
+Images and commands that read them are the same everywhere."""
 
 ARMERS = ("userfaultfd", "soft-dirty", "compare")
 """With ``compare`` nothing is armed, so that row is that of a kernel where nothing can be."""

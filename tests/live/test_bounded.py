@@ -178,7 +178,7 @@ def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
 
 
 @pytest.mark.usefixtures("armer")
-@pytest.mark.skipif(not os.access(COMPACT, os.W_OK), reason="the kernel has no compaction")
+@pytest.mark.skipif(not os.access(COMPACT, os.W_OK), reason="cannot run here: no compaction")
 def test_a_target_is_exact_while_the_kernel_compacts_memory(spawn: Spawn, tmp_path: Path) -> None:
     ended = threading.Event()
 

@@ -38,7 +38,8 @@ def check(
 ) -> tuple[dict[str, Any], Probes]:
     """The report, whose promises to scripts are held, and its probes by name."""
     words = [str(each) for each in before]
-    (report,) = run("check", "--json", before=words, env=env).expect(code).events
+    result = run("check", "--json", before=words, env=env, timeout=3 * TIMEOUT)
+    (report,) = result.expect(code).events
     assert set(report) == {"schema_version", "works", "armer", "probes"}
     found = {each["name"]: each for each in report["probes"]}
     assert len(found) == len(report["probes"])

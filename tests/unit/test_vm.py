@@ -324,7 +324,7 @@ def test_a_machine_that_fails_does_not_end_the_others(
 
 
 def test_the_matrix_runs_tests_that_there_are() -> None:
-    assert [name for name in vm_matrix.TESTS if not (ROOT / name).exists()] == []
+    assert [name for name in vm_matrix.TESTS if not (ROOT / name.split("::")[0]).exists()] == []
     for armer in vm_matrix.ARMERS:
         assert armer in vm_matrix.SCRIPT
 

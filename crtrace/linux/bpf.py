@@ -9,6 +9,7 @@ import mmap
 import os
 import struct
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,16 @@ from crtrace.linux.libc import SYS_BPF, SYS_PERF_EVENT_OPEN, address_of, ioctl, 
 from crtrace.units import PAGE_SIZE
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD = range(6)
-_RAW_TRACEPOINT_OPEN, _LOOKUP_BATCH, _LOOKUP_AND_DELETE_BATCH = 17, 24, 25
-TRACEPOINT, RAW_TRACEPOINT = 5, 17
+_OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN, _LOOKUP_BATCH, _LOOKUP_AND_DELETE_BATCH = 15, 17, 24, 25
+KPROBE, TRACEPOINT, RAW_TRACEPOINT = 2, 5, 17
 """Types of programs (``enum bpf_prog_type``)."""
 RINGBUF = 27
 """A type of maps (``enum bpf_map_type``)."""
 _PERF_TYPE_TRACEPOINT, _PERF_FD_CLOEXEC = 2, 8
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
+_KPROBE_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")
+_RUN_TIME, _MISSES = 192, 208
+"""Where ``struct bpf_prog_info`` has them."""
 _TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
 Array = npt.NDArray[Any]
@@ -102,6 +106,19 @@ def attach_tracepoint(program: int, category: str, name: str) -> int:
     """The same at a tracepoint with the arguments that tracefs describes, on all processors."""
     number = _tracepoint_number(category, name)
     attr = struct.pack("<IIQQQQQIIQ", _PERF_TYPE_TRACEPOINT, 64, number, 1, 0, 0, 0, 1, 0, 0)
+    return _attach_to_event(program, attr)
+
+
+def attach_kprobe(program: int, function: str) -> int:
+    """The same at the beginning of a function of the kernel. ``OSError`` where that is not allowed,
+    or there is no such function; ENOENT also where the kernel was built without."""
+    kind = int(_KPROBE_TYPE.read_text())
+    name = function.encode() + b"\0"
+    attr = struct.pack("<IIQQQQQIIQQ", kind, 72, 0, 1, 0, 0, 0, 1, 0, address_of(name), 0)
+    return _attach_to_event(program, attr)
+
+
+def _attach_to_event(program: int, attr: bytes) -> int:
     nobody = (1 << 64) - 1
     fd = syscall(SYS_PERF_EVENT_OPEN, address_of(attr), nobody, 0, nobody, _PERF_FD_CLOEXEC)
     try:
@@ -111,6 +128,25 @@ def attach_tracepoint(program: int, category: str, name: str) -> int:
         os.close(fd)
         raise
     return fd
+
+
+@dataclass(frozen=True, slots=True)
+class Runs:
+    """How often a program ran and for how many nanoseconds, where the kernel counts that
+    (``kernel.bpf_stats_enabled``); and how often it should have run and did not, since another one
+    was running on that processor (counted since Linux 6.7)."""
+
+    nanoseconds: int
+    count: int
+    missed: int
+
+
+def runs(program: int) -> Runs:
+    """What the kernel has counted of a program."""
+    info = bytearray(_MISSES + 8)
+    where = (ctypes.c_char * len(info)).from_buffer(info)
+    _call(_OBJ_GET_INFO, struct.pack("<IIQ", program, len(info), ctypes.addressof(where)))
+    return Runs(*struct.unpack_from("<QQQ", info, _RUN_TIME))
 
 
 def _tracepoint_number(category: str, name: str) -> int:

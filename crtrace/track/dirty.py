@@ -61,7 +61,9 @@ class WrittenPages:
         self._resolver = programs.resolver
         self._written = [bpf.Elements(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
         self._ring = programs.ring
-        self._generation = 0
+        generation = _u32(0)
+        bpf.lookup(self._maps["generation"], _u32(0), generation)
+        self._generation = int(generation[0])
         self._drained = True
         self._left: list[tuple[Array, Array]] = []
         """Taken out of a map that nobody had drained."""
@@ -74,11 +76,11 @@ class WrittenPages:
 
     def _introduce_ourselves(self) -> None:
         """Tell BPF who we are: what we do with a target's address space changes nothing in it."""
-        self._set(
-            "controller",
-            _OWN_TGID,
-            self._resolve(os.getpid(), os.stat("/proc/self/ns/pid"), _blink),
-        )
+        own, space = 0, os.stat("/proc/self/ns/pid")
+        for _ in range(100):  # an emulated processor can be late in taking notice of a probe
+            own = own or self._resolve(os.getpid(), space, _blink)
+        self._set("controller", _OWN_TGID, own)
+        self._set("controller", _OWN_SPACE, 0)  # somebody may have been here before
         mmap.mmap(-1, PAGE_SIZE).close()  # takes the lock of our own space
         self._set("controller", _OWN_SPACE, self._get("controller", _VISITED))
 

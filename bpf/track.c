@@ -3,11 +3,19 @@
  * Mark the pages that the targets write.
  *
  * After the controller has armed a page, its next write faults, and the page-fault tracepoints see
- * that. Only tracepoint arguments and helpers are used, no kernel struct, so headers of any
- * version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES,
- * the sizes of the maps.
+ * that. Only tracepoint arguments and helpers are used, no kernel struct of the headers, so those of
+ * any version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES, the sizes of the maps;
+ * and from the running kernel's BTF, where it has that, VMA_MM_OFFSET (of vm_mm in struct
+ * vm_area_struct) and LOCK_WRITE_ARG (which argument of the tracepoints of the mmap lock tells that
+ * it is held for writing).
  */
+#include <uapi/linux/ptrace.h>
+
 #include "track.h"
+
+#ifndef LOCK_WRITE_ARG
+#define LOCK_WRITE_ARG 1
+#endif
 
 BPF_TABLE("hash", struct region_key, struct region_bits, written0, REGIONS);
 BPF_TABLE("hash", struct region_key, struct region_bits, written1, REGIONS);
@@ -62,6 +70,28 @@ static __always_inline void add_region(struct region_key *key)
 		count(TOTAL_UNTOLD);
 }
 
+/* Whether there was room for the mark. */
+static __always_inline bool mark(u32 number, u64 address)
+{
+	struct region_key key = { .tgid = number, .region = address >> REGION_SHIFT };
+	struct region_bits *bits = find_region(&key);
+
+	if (!bits) {
+		add_region(&key);
+		bits = find_region(&key);
+		if (!bits)
+			return false;
+	}
+
+	u64 page = address >> PAGE_SHIFT_4K;
+	u64 bit = 1ULL << (page & 63);
+	u64 *word = &bits->word[(page >> 6) & (REGION_WORDS - 1)];
+
+	if (!(*word & bit))
+		__sync_fetch_and_or(word, bit);
+	return true;
+}
+
 /* Whether it is a target that writes. */
 static __always_inline int mark_written(u64 address)
 {
@@ -71,25 +101,8 @@ static __always_inline int mark_written(u64 address)
 	if (!target)
 		return 0;
 	__sync_fetch_and_add(&target->faults, 1);
-
-	struct region_key key = { .tgid = tgid, .region = address >> REGION_SHIFT };
-	struct region_bits *bits = find_region(&key);
-
-	if (!bits) {
-		add_region(&key);
-		bits = find_region(&key);
-		if (!bits) {
-			__sync_fetch_and_add(&target->lost, 1);
-			return 1;
-		}
-	}
-
-	u64 page = address >> PAGE_SHIFT_4K;
-	u64 bit = 1ULL << (page & 63);
-	u64 *word = &bits->word[(page >> 6) & (REGION_WORDS - 1)];
-
-	if (!(*word & bit))
-		__sync_fetch_and_or(word, bit);
+	if (!mark(tgid, address))
+		__sync_fetch_and_add(&target->lost, 1);
 	return 1;
 }
 
@@ -114,6 +127,41 @@ RAW_TRACEPOINT_PROBE(page_fault_kernel)
 		faulting.update(&who, &here);
 	return 0;
 }
+
+#ifdef VMA_MM_OFFSET
+#define FAULT_FLAG_WRITE 1
+
+/*
+ * At handle_mm_fault(vma, address, flags, regs). Everybody who writes to memory that is armed passes
+ * here: exceptions, and whoever asks for its pages, be they another process's or for a device.
+ * Exceptions come with the registers, and those of targets are marked above. The rest is marked
+ * here, perhaps once more than needed. struct pt_regs is part of x86-64's ABI.
+ */
+int fault_of_anybody(struct pt_regs *ctx)
+{
+	u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	u64 vma = PT_REGS_PARM1(ctx), space = 0;
+
+	if (!(PT_REGS_PARM3(ctx) & FAULT_FLAG_WRITE))
+		return 0;
+	if (PT_REGS_PARM4(ctx) && targets.lookup(&tgid))
+		return 0;
+	if (bpf_probe_read_kernel(&space, sizeof(space), (void *)(vma + VMA_MM_OFFSET))) {
+		count(TOTAL_UNTOLD);
+		return 0;
+	}
+
+	struct visits *visited = visits.lookup(&space);
+
+	if (!visited)
+		return 0;
+	__sync_fetch_and_add(&visited->written, 1);
+	if (!mark(visited->number, PT_REGS_PARM2(ctx)))
+		count(TOTAL_UNTOLD);
+	return 0;
+}
+
+#endif
 
 /*
  * Who takes the lock of an address space may change memory without a page fault: pages that the
@@ -163,7 +211,7 @@ RAW_TRACEPOINT_PROBE(mmap_lock_released)
 RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 {
 	visit(ctx->args[0], false);
-	if (!ctx->args[1])
+	if (!ctx->args[LOCK_WRITE_ARG])
 		return 0;
 
 	u32 tgid = bpf_get_current_pid_tgid() >> 32;

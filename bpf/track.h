@@ -12,7 +12,7 @@
 
 /* Process numbers are those of the initial PID namespace, whatever namespace crtrace runs in. */
 struct region_key {
-	__u32 tgid;
+	__u32 tgid; /* or the number of an address space, for what others write to it */
 	__u32 reserved;
 	__u64 region; /* address >> REGION_SHIFT */
 };
@@ -32,6 +32,9 @@ struct target {
 struct visits {
 	__u64 all;
 	__u64 foreign; /* those of processes that do not run in the address space */
+	__u64 written; /* faults that were marked under `number` */
+	__u32 number;  /* what the writes of others are marked under; that of no process */
+	__u32 reserved;
 };
 
 #define TARGET_FOLLOW 1u /* its children become targets too */
@@ -58,6 +61,6 @@ enum controller {
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
 _Static_assert(sizeof(struct target) == 32, "target");
-_Static_assert(sizeof(struct visits) == 16, "visits");
+_Static_assert(sizeof(struct visits) == 32, "visits");
 
 #endif

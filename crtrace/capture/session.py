@@ -176,7 +176,7 @@ class Session:
             for space in work.parts.keys() - {target.space for target in self._tree.targets()}:
                 image.drop(space)  # it ended while it was copied
             work.written_at = time.monotonic()
-            stats = work.statistics()
+            stats = {**work.statistics(), "bpf_coverage": str(self._marks.coverage)}
             if self._accounting:
                 stats["paid"] = self._accounting.totals(self.processes)
             entry = image.commit(stats)
@@ -409,6 +409,8 @@ class Session:
         for target in targets:
             self._scan(work, target, work.parts[target.space])
         self._marks.switch()
+        for target in targets:
+            target.paused()
         self._count(work)
         began = time.monotonic()
         for each in objects:
@@ -470,7 +472,8 @@ class Session:
         marked = self._marks.drain()
         for target in self._tree.targets():
             part = work.parts[target.space]
-            sets = [marked[m.tgid] for m in self._tree.of(target) if m.tgid in marked]
+            numbers = target.marked_under(self._tree.tgids(target))
+            sets = [marked[number] for number in numbers if number in marked]
             pages = distinct(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
             target.marked(pages)
             part.marked = distinct(np.concatenate([part.marked, pages]))
@@ -499,7 +502,7 @@ class Session:
         self._tree.update()
         with self._begin("exit", full=False) as image:
             self._write_ends(image)
-            stats = Work().statistics()
+            stats = {**Work().statistics(), "bpf_coverage": str(self._marks.coverage)}
             entry = image.commit(stats)
         self._tree.departed.clear()
         return entry, stats

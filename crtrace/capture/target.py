@@ -75,9 +75,9 @@ class Target:
         self.armer.close()
         self.armer, self.armed = armer, True
         if not self.compared:
-            space = marks.space_behind(lambda: os.pread(self._pagemap, 8, 0))
+            space, number = marks.space_behind(lambda: os.pread(self._pagemap, 8, 0))
             if space:
-                self._guide = Guide(marks, space)
+                self._guide = Guide(marks, space, number)
                 self._guide.settle(tgids)
 
     def close(self) -> None:
@@ -149,6 +149,19 @@ class Target:
             guide.everything_seen(evidence)
         guide.scanned(scan.written, turned=turned, stopped=stopped)
         return scan
+
+    def paused(self) -> None:
+        """BPF's marks go to the next generation since the scan of the pause."""
+        if self._guide:
+            self._guide.paused()
+
+    def written_by_others(self) -> int:
+        """Write faults since the last pause by who does not run in it, or by no exception."""
+        return self._guide.written_by_others() if self._guide else 0
+
+    def marked_under(self, tgids: list[int]) -> list[int]:
+        """The numbers that writes to it are marked under: who runs in it, and its own."""
+        return [*tgids, self._guide.number] if self._guide else tgids
 
     def visited(self) -> bool:
         """Whether somebody from outside has been in its memory since this was asked last. What he

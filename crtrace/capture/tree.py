@@ -121,8 +121,9 @@ class Tree:
         return self._marks.counts(member.tgid)
 
     def faults(self) -> int:
-        """Write faults of all members since the last pause."""
-        return sum(self.counts(each).faults - each.counted.faults for each in self.members)
+        """Write faults in the members' memory since the last pause."""
+        own = sum(self.counts(each).faults - each.counted.faults for each in self.members)
+        return own + sum(target.written_by_others() for target in self.targets())
 
     def limits(self) -> list[str]:
         """What of the tree is not in the images, and why."""

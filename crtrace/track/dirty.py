@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import logging
 import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +23,8 @@ from crtrace.linux.stop import StoppedProcess
 from crtrace.track.loader import KEY, Programs
 from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, merge
 
+log = logging.getLogger("crtrace")
+
 BITS = np.dtype([("word", "<u8", (8,))])
 TARGET = np.dtype(
     [
@@ -30,13 +35,33 @@ TARGET = np.dtype(
         ("flags", "<u4"),
     ]
 )
-assert (KEY.itemsize, BITS.itemsize, TARGET.itemsize) == (16, 64, 32), "see bpf/track.h"
+VISITS = np.dtype(
+    [
+        ("all", "<u8"),
+        ("foreign", "<u8"),
+        ("written", "<u8"),
+        ("number", "<u4"),
+        ("reserved", "<u4"),
+    ]
+)
+assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 32], "bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
 _LOST_CHILDREN, _UNTOLD, _RECLAIMS = range(3)
 """Indices of ``totals``, as in bpf/track.h."""
 _OWN_TGID, _OWN_SPACE, _VISITED = range(3)
 """Indices of ``controller``, as in bpf/track.h."""
+NO_PROCESS = 1 << 31
+"""From here on numbers are those of address spaces: no process has such a one."""
+
+
+class Coverage(StrEnum):
+    """Which writes BPF marks."""
+
+    FAULTS = "page faults"
+    """Those of the targets' threads, by themselves or in the kernel."""
+    OTHERS = "page faults, writes by others"
+    """Those of everybody else, too: other processes, and what is read past the page cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +72,15 @@ class Counts:
     """Write faults: pages that were written since they were armed, or for the first time."""
     lost: int
     map_changes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Visits:
+    """What BPF has counted of one address space; see ``struct visits`` in bpf/track.h."""
+
+    all: int
+    foreign: int
+    written: int
 
 
 Evidence = tuple[int, ...]
@@ -68,11 +102,15 @@ class WrittenPages:
         self._left: list[tuple[Array, Array]] = []
         """Taken out of a map that nobody had drained."""
         self._reclaims = self._freed = 0
+        self._covering = programs.covering
+        self._numbers = itertools.count(NO_PROCESS)
         self._heard: list[Array] = []
         """Keys of the regions that were marked first since the last switch."""
         self._heard_before: list[Array] = []
         """The same between the last two switches."""
         self._introduce_ourselves()
+        self.coverage = Coverage.OTHERS if self._covers_others() else Coverage.FAULTS
+        log.debug("BPF marks %s", self.coverage)
 
     def _introduce_ourselves(self) -> None:
         """Tell BPF who we are: what we do with a target's address space changes nothing in it."""
@@ -83,6 +121,26 @@ class WrittenPages:
         self._set("controller", _OWN_SPACE, 0)  # somebody may have been here before
         mmap.mmap(-1, PAGE_SIZE).close()  # takes the lock of our own space
         self._set("controller", _OWN_SPACE, self._get("controller", _VISITED))
+
+    def _covers_others(self) -> bool:
+        """Whether a write that is no page fault of the writer's is marked where it ought to be:
+        tried on ourselves, since names and layouts can mislead."""
+        own = self._get("controller", _OWN_SPACE)
+        if self._covering < 0 or not own:
+            return False
+        number = self._count_visits(own)
+        page = mmap.mmap(-1, PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        address = np.frombuffer(page, dtype=np.uint8).ctypes.data
+        try:
+            with open("/proc/self/mem", "r+b", buffering=0) as memory:
+                memory.seek(address)
+                memory.write(b"x")
+        except OSError:  # it can be forbidden
+            return False
+        finally:
+            self.leave_space(own)
+        marked = self.marked_now().get(number, np.empty(0, dtype=np.uint64))
+        return np.uint64(address // PAGE_SIZE) in marked
 
     def add(self, process: Process, *, follow: bool = False) -> int:
         """Begin to mark a process's writes, with its children if ``follow``; its number here.
@@ -159,18 +217,23 @@ class WrittenPages:
 
     # ---- what bounds a scan --------------------------------------------------------------------
 
-    def space_behind(self, look: Callable[[], object]) -> int:
-        """BPF's name of the address space whose lock ``look`` takes; its visits are counted from
-        now on. 0 where that cannot be had."""
+    def space_behind(self, look: Callable[[], object]) -> tuple[int, int]:
+        """BPF's name of the address space whose lock ``look`` takes, and the number that writes of
+        others to it are marked under; its visits are counted from now on. Zeros where that cannot
+        be had."""
         self._set("controller", _VISITED, 0)
         look()
         space = self._get("controller", _VISITED)
         try:
-            if space:
-                bpf.update(self._maps["visits"], _u64(space), np.zeros(2, dtype=np.uint64))
+            return (space, self._count_visits(space)) if space else (0, 0)
         except OSError:  # there are too many
-            return 0
-        return space
+            return 0, 0
+
+    def _count_visits(self, space: int) -> int:
+        value = np.zeros(1, dtype=VISITS)
+        value["number"] = number = next(self._numbers)
+        bpf.update(self._maps["visits"], _u64(space), value)
+        return number
 
     def leave_space(self, space: int) -> None:
         """Count its visits no longer."""
@@ -183,7 +246,7 @@ class WrittenPages:
     def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        found = [self._visits(space)[0], self._get("totals", _UNTOLD), self._lazily_freed()]
+        found = [self._visits(space).all, self._get("totals", _UNTOLD), self._lazily_freed()]
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
             found += [tgid, counts.lost]
@@ -192,18 +255,23 @@ class WrittenPages:
     def map_evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the map of an address space to be the same."""
         return (
-            self._visits(space)[0],
+            self._visits(space).all,
             *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
         )
 
     def foreign_visits(self, space: int) -> int:
         """How often somebody who does not run in it took the lock of an address space."""
-        return self._visits(space)[1]
+        return self._visits(space).foreign
 
-    def _visits(self, space: int) -> tuple[int, int]:
-        value = np.zeros(2, dtype=np.uint64)
+    def written_by_others(self, space: int) -> int:
+        """Write faults in it that are not in the counts of the processes that run in it."""
+        return self._visits(space).written
+
+    def _visits(self, space: int) -> Visits:
+        value = np.zeros(1, dtype=VISITS)
         bpf.lookup(self._maps["visits"], _u64(space), value)
-        return int(value[0]), int(value[1])
+        row = value[0]
+        return Visits(*(int(row[name]) for name in ("all", "foreign", "written")))
 
     def _lazily_freed(self) -> int:
         """Pages that the kernel has taken without a lock, of any process: it tells nobody whose."""

@@ -33,11 +33,13 @@ from crtrace.units import (
 
 
 class Guide:
-    """Bounds the scans of one address space; ``space`` is BPF's name of it."""
+    """Bounds the scans of one address space; ``space`` is BPF's name of it, ``number`` what the
+    writes of others to it are marked under."""
 
-    def __init__(self, marks: WrittenPages, space: int) -> None:
+    def __init__(self, marks: WrittenPages, space: int, number: int) -> None:
         self._marks = marks
         self._space = space
+        self.number = number
         self._since: Evidence | None = None
         """The counts from before everything was last looked at; None: look at everything."""
         self._found: U64 | None = None
@@ -45,6 +47,8 @@ class Guide:
         self._blind = False
         self._tgids: set[int] = set()
         self._foreign = 0
+        self._written_by_others = 0
+        """As of the last pause."""
 
     def close(self) -> None:
         """Count no longer."""
@@ -75,12 +79,21 @@ class Guide:
         """Whether nothing has happened but what is marked since everything was looked at."""
         return evidence == self._since and not self._blind
 
+    def paused(self) -> None:
+        """Marks go to the next generation since the scan of a pause."""
+        self._written_by_others = self._marks.written_by_others(self._space)
+
+    def written_by_others(self) -> int:
+        """Write faults since the last pause that are not in the counts of who runs in it."""
+        return self._marks.written_by_others(self._space) - self._written_by_others
+
     def bounds(self, tgids: Collection[int], *, turned: bool) -> U64:
         """Page ranges outside which nothing was written or discarded since the last scan.
 
         ``turned``: that was before the last switch of generations, and this one follows it.
         """
-        return merge(self._marks.regions(tgids, before=turned), self._in_flight)
+        regions = self._marks.regions([*tgids, self.number], before=turned)
+        return merge(regions, self._in_flight)
 
     def everything_seen(self, evidence: Evidence) -> None:
         """All was looked at, after the counts were as in ``evidence``."""
@@ -111,10 +124,10 @@ class Guide:
     def unexplained(self, look: Look, tgids: Collection[int], gone: U64) -> int:
         """Pages that have changed since the pause without a mark; ``look`` was taken after it, and
         ``gone`` had no contents in it."""
-        marked = self._marks.marked_now()
-        ours = merge(*(to_ranges(marked[tgid]) for tgid in tgids if tgid in marked))
+        marked, numbers = self._marks.marked_now(), [*tgids, self.number]
+        ours = merge(*(to_ranges(marked[each]) for each in numbers if each in marked))
         # A fault can bring more than its own page, where there was none.
-        ours = merge(ours, intersect(self._marks.regions(tgids), gone))
+        ours = merge(ours, intersect(self._marks.regions(numbers), gone))
         written = subtract(look.written, ours)
         return count_pages(written) + count_pages(subtract(look.absent, gone))
 

@@ -26,6 +26,7 @@ import numpy as np
 
 from crtrace.errors import FeatureMissing
 from crtrace.linux import bpf
+from crtrace.linux.btf import Btf
 from crtrace.track.bytecode import BpfMap, BpfProgram, Bytecode, cache_key, keep, recall
 from crtrace.track.headers import find_headers
 from crtrace.units import PAGE_SIZE, human_bytes
@@ -54,18 +55,22 @@ TRACEPOINTS = (
     ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
 )  # fmt: skip
 RESOLVER = "resolve"
+COVERING, COVERED = "fault_of_anybody", "handle_mm_fault"
+"""The program that marks what others write, and the kernel's function at which it runs."""
 
 
 @dataclass(slots=True)
 class Programs:
     """Descriptors of the loaded maps by name; attachments live until :meth:`close`.
 
-    ``origin`` says where the code came from.
+    ``origin`` says where the code came from. ``covering`` is the program that marks what others
+    write; -1: this kernel does not allow it.
     """
 
     maps: dict[str, int]
     ring: bpf.Ring
     resolver: int
+    covering: int
     attachments: list[int]
     seconds: float
     origin: str
@@ -84,21 +89,24 @@ class Programs:
     def close(self) -> None:
         """Detach and unload everything; it may be called twice."""
         self.ring.close()
-        for fd in (*self.maps.values(), self.resolver, *self.attachments):
-            os.close(fd)
+        for fd in (*self.maps.values(), self.resolver, self.covering, *self.attachments):
+            if fd >= 0:
+                os.close(fd)
         self.maps, self.attachments = {}, []
-        self.resolver = -1
+        self.resolver = self.covering = -1
 
 
 class Loading:
     """A load under way: start it early, do other things, then take the :meth:`result`.
 
-    ``regions`` is how many the map of written pages holds.
+    ``regions`` is how many the map of written pages holds. Not ``covering``: only page faults are
+    marked, as where the kernel allows no more.
     """
 
-    def __init__(self, regions: int = REGIONS) -> None:
+    def __init__(self, regions: int = REGIONS, *, covering: bool = True) -> None:
         self._began = time.monotonic()
         self._regions = regions
+        self._covering = covering
         self._key = cache_key(bpf_sources())
         self._code = recall(self._key)
         self._child = None if self._code else _compiler()
@@ -132,6 +140,7 @@ class Loading:
             loaded = {
                 each.name: held(bpf.load_program(each.name, each.kind, each.bound(fds)))
                 for each in code.programs
+                if each.kind != bpf.KPROBE
             }
             attachments = []
             for name in RAW_TRACEPOINTS:
@@ -140,13 +149,33 @@ class Loading:
             for category, name in TRACEPOINTS:
                 program = loaded[f"tracepoint__{category}__{name}"]
                 attachments.append(held(bpf.attach_tracepoint(program, category, name)))
+            covered = [held(fd) for fd in self._cover(code, fds)]
             maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
             ring = bpf.Ring(maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
             undo.pop_all()
         resolver = loaded.pop(RESOLVER)
         for fd in loaded.values():
             os.close(fd)  # what is attached stays
-        return Programs(maps, ring, resolver, attachments, time.monotonic() - self._began, origin)
+        covering = covered.pop(0) if covered else -1
+        seconds = time.monotonic() - self._began
+        return Programs(maps, ring, resolver, covering, attachments + covered, seconds, origin)
+
+    def _cover(self, code: Bytecode, fds: list[int]) -> tuple[int, ...]:
+        """The program that marks what others write, and its attachment, if that can be had."""
+        found = [each for each in code.programs if each.kind == bpf.KPROBE]
+        if not found or not self._covering:
+            return ()
+        try:
+            program = bpf.load_program(COVERING, bpf.KPROBE, found[0].bound(fds))
+        except OSError as error:
+            log.debug("the program that marks what others write does not load: %s", error)
+            return ()
+        try:
+            return program, bpf.attach_kprobe(program, COVERED)
+        except OSError as error:
+            os.close(program)
+            log.debug("no probe at %s, only page faults are marked: %s", COVERED, error)
+            return ()
 
     def _made(self, each: BpfMap) -> int:
         entries = self._regions if each.name.startswith("written") else each.entries
@@ -230,25 +259,51 @@ def _compile() -> Bytecode:
         raise SystemExit("no kernel headers found for BCC: run scripts/setup")
     if headers.path:
         os.environ["BCC_KERNEL_SOURCE"] = headers.path
+    types = kernel_types()
+    for known in (types, types[1:]):
+        try:
+            return _compiled_with(known, headers.source)
+        except Exception as error:  # BCC raises nothing more special
+            failure = error  # where the kernel lets nobody read its memory, for one
+    raise failure
+
+
+def _compiled_with(types: list[str], headers: str) -> Bytecode:
     from bcc import BPF
 
     folder = bpf_sources()
-    program = BPF(
-        src_file=str(folder / "track.c"),
-        cflags=[
-            f"-I{folder}",
-            f"-DREGIONS={REGIONS}",
-            f"-DTARGETS={TARGETS}",
-            f"-DRING_PAGES={RING_PAGES}",
-        ],
-    )
+    flags = [
+        f"-I{folder}",
+        f"-DREGIONS={REGIONS}",
+        f"-DTARGETS={TARGETS}",
+        f"-DRING_PAGES={RING_PAGES}",
+        *types,
+    ]
+    program = BPF(src_file=str(folder / "track.c"), cflags=flags)
     program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
     tables = [program[name] for name in MAPS]
     return Bytecode(
-        headers.source,
+        headers,
         tuple(_map(name, table) for name, table in zip(MAPS, tables, strict=True)),
-        tuple(_programs(program, [table.map_fd for table in tables])),
+        tuple(_programs(program, [table.map_fd for table in tables], covering=len(types) > 1)),
     )
+
+
+def kernel_types() -> list[str]:
+    """What the programs need to know of the running kernel's types, as options for the compiler.
+
+    The first is for the program that marks what others write. Empty where the kernel does not tell:
+    headers may be of another version.
+    """
+    btf = Btf.of_kernel()
+    if not btf:
+        return []
+    offset = btf.offset("vm_area_struct", "vm_mm")
+    released = btf.tracepoint_arguments("mmap_lock_released")
+    acquired = btf.tracepoint_arguments("mmap_lock_acquire_returned")
+    if offset is None or not released or acquired != released + 1:
+        return []
+    return [f"-DVMA_MM_OFFSET={offset}", f"-DLOCK_WRITE_ARG={released - 1}"]
 
 
 def _map(name: str, table: Any) -> BpfMap:
@@ -258,16 +313,18 @@ def _map(name: str, table: Any) -> BpfMap:
     return BpfMap(name, table.ttype, *sizes, table.max_entries)
 
 
-def _programs(program: Any, fds: list[int]) -> list[BpfProgram]:
-    found = []
-    for name in (
-        *(f"tracepoint__{category}__{each}" for category, each in TRACEPOINTS),
-        *(f"raw_tracepoint__{each}" for each in RAW_TRACEPOINTS),
-        RESOLVER,
-    ):
-        kind = bpf.TRACEPOINT if name.startswith("tracepoint") else bpf.RAW_TRACEPOINT
-        found.append(BpfProgram.of(name, kind, program.dump_func(name.encode()), fds))
-    return found
+def _programs(program: Any, fds: list[int], *, covering: bool) -> list[BpfProgram]:
+    kinds = {
+        **{f"tracepoint__{category}__{each}": bpf.TRACEPOINT for category, each in TRACEPOINTS},
+        **{f"raw_tracepoint__{each}": bpf.RAW_TRACEPOINT for each in RAW_TRACEPOINTS},
+        RESOLVER: bpf.RAW_TRACEPOINT,
+    }
+    if covering:
+        kinds[COVERING] = bpf.KPROBE
+    return [
+        BpfProgram.of(name, kind, program.dump_func(name.encode()), fds)
+        for name, kind in kinds.items()
+    ]
 
 
 if __name__ == "__main__":

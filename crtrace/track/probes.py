@@ -28,6 +28,7 @@ from crtrace.linux.privileges import require_capabilities
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track import choose, softdirty, userfaultfd
+from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.track.loader import Loading, compiled
 from crtrace.units import PAGE_SIZE, Pid, merge
 
@@ -245,6 +246,21 @@ def _write_protection() -> str:
 def _soft_dirty() -> str:
     softdirty.try_on_ourselves()
     return "cleared, written and seen"
+
+
+@probe(
+    "BPF coverage", "better",
+    follows="writes by other processes and by devices are marked, too, and pauses stay short then",
+    otherwise="writes by other processes and by devices are left to scans: after one, the pause"
+    " scans everything",
+    remedy="a kernel with kprobes (CONFIG_KPROBE_EVENTS) and BTF (CONFIG_DEBUG_INFO_BTF)",
+)  # fmt: skip
+def _coverage() -> str:
+    with Loading(regions=64).result() as programs:
+        found = WrittenPages(programs).coverage
+    if found is not Coverage.OTHERS:
+        raise FeatureMissing(found)
+    return found
 
 
 @probe(

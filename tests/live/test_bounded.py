@@ -239,7 +239,7 @@ def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
         marks = WrittenPages(programs)
         first, second = (Process(Pid(spawn("layout").pid)) for _ in range(2))
         with first, second:
-            spaces = [marks.space_behind(partial(_look, each)) for each in (first, second)]
+            spaces = [marks.space_behind(partial(_look, each))[0] for each in (first, second)]
             assert len({0, *spaces}) == 3
             before = [marks.evidence(space, []) for space in spaces]
             _look(first)  # ours do not count
@@ -254,7 +254,7 @@ def test_a_fault_under_way_over_the_first_scan_is_awaited_in_its_whole_region(
 ) -> None:
     with Loading().result() as programs, Process(Pid(spawn("layout").pid)) as process:
         marks = WrittenPages(programs)
-        guide = Guide(marks, marks.space_behind(partial(_look, process)))
+        guide = Guide(marks, *marks.space_behind(partial(_look, process)))
         found = np.array([[1000, 1002]], dtype=np.uint64)
         guide.scanned(found, turned=True, stopped=False)
         guide.await_faults(np.array([1000, 1001, 5000], dtype=np.uint64))
@@ -268,7 +268,7 @@ def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn
     with Loading().result() as programs, Process(Pid(target.pid)) as process:
         marks = WrittenPages(programs)
         tgid = marks.add(process)
-        space = marks.space_behind(partial(_look, process))
+        space, _ = marks.space_behind(partial(_look, process))
         marks.live_in(space, tgid)
         before = marks.evidence(space, [tgid])
         target.obey("brk +4")

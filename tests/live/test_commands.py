@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from crtrace.image.reader import Chain
+from crtrace.track.dirty import Coverage
 from crtrace.units import human_bytes
 from tests.live.exactness import reader
 from tests.live.harness import Target, Untouched, read_mem, status, stopped
@@ -222,6 +223,7 @@ def test_the_statistics_agree_with_list_and_show(written: tuple[Path, list[Event
         (shown,) = run("show", path, "--epoch", row["epoch"], "--json").expect(0).events
         told = {name: event[name] for name in STATISTICS}
         assert {name: shown["stats"][name] for name in STATISTICS} == told
+        assert shown["stats"]["bpf_coverage"] in set(Coverage)
 
 
 def test_without_json_a_line_is_told_for_each_epoch(spawn: Spawn, chain: Path) -> None:

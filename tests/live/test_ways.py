@@ -42,6 +42,7 @@ WAYS = {
     "shared memory stored by another process": "shared_by_another",
     "a deleted file stored by another process": "deleted_by_another",
     "/proc/self/mem into pages for reading": "forced",
+    "process_vm_writev to itself": "own_vm_writev",
     "a CLONE_VM child from before the watch": "sharing_child_from_before",
     "a CLONE_VM child that ends": "sharing_child_that_ends",
     "CLONE_VM children that stay": "sharing_child_that_stays",

@@ -623,6 +623,18 @@ static const char *way_forced(struct area *a)
 	return wrote == bytes ? NULL : refused("/proc/self/mem");
 }
 
+static const char *way_own_vm_writev(struct area *a)
+{
+	size_t count, page = some(a, &count);
+	ssize_t bytes = count * PAGE;
+	struct iovec from = { pattern_for(a, page, count), bytes };
+	struct iovec into = { a->at + page * PAGE, bytes };
+
+	if (process_vm_writev(getpid(), &from, 1, &into, 1, 0) != bytes)
+		return refused("process_vm_writev");
+	return NULL;
+}
+
 /* --- children in the same address space --- */
 
 struct child {
@@ -1619,6 +1631,7 @@ static struct way ways[] = {
 	WAY(shared_by_another, setup_common),
 	WAY(deleted_by_another, setup_deleted),
 	WAY(forced, setup_read_only),
+	WAY(own_vm_writev, setup_anon),
 	WAY(sharing_child_from_before, setup_child_from_before),
 	WAY(sharing_child_that_ends, setup_anon),
 	WAY(sharing_child_that_stays, setup_anon),

@@ -1,0 +1,194 @@
+"""Writes that are no page faults of the target's threads: marked where kprobes are allowed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from crtrace.linux.procfs import Process
+from crtrace.track import loader
+from crtrace.track.dirty import Coverage, WrittenPages
+from crtrace.track.loader import Loading, Programs
+from crtrace.units import PAGE_SIZE, Pid
+from tests.live.conftest import Spawn
+from tests.live.exactness import Judged, judged
+from tests.live.harness import Target, compile_target
+from tests.live.test_bounded import small_targets_too
+from tests.live.test_marks import pages_between
+from tests.live.test_ways import Stage
+
+__all__ = ["small_targets_too"]
+WRITES = ("writev", "poke", "mem")
+BY_OTHERS = {
+    "process_vm_writev by another process": "vm_writev",
+    "PTRACE_POKEDATA by another process": "poke",
+    "/proc/PID/mem by another process": "proc_mem",
+    "/proc/self/mem into pages for reading": "forced",
+    "process_vm_writev to itself": "own_vm_writev",
+    "read past the page cache": "direct",
+    "AIO past the page cache": "aio_direct",
+    "a CLONE_VM child from before the watch": "sharing_child_from_before",
+    "CLONE_VM children that stay": "sharing_child_that_stays",
+}
+
+
+@pytest.fixture(scope="module")
+def covering() -> Iterator[Programs]:
+    """Programs that mark what others write."""
+    with Loading().result() as programs:
+        if WrittenPages(programs).coverage is not Coverage.OTHERS:
+            pytest.skip("cannot run here: no kprobes, or no BTF")
+        yield programs
+
+
+@pytest.fixture(scope="module")
+def stage(covering: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+    """Scenes that tests of one way after another share."""
+    stage = Stage((tmp_path_factory.mktemp("stage") for _ in iter(int, 1)), "--ring", 0)
+    yield stage
+    stage.close()
+
+
+def outside(how: str, target: Target, address: int, pages: int, byte: int = 7) -> None:
+    """Another process does something to the target's pages."""
+    program = compile_target("outsider")
+    subprocess.run([program, how, str(target.pid), hex(address), str(pages), str(byte)], check=True)
+
+
+def look(process: Process) -> None:
+    """Take the lock of its address space for a moment."""
+    with open(f"/proc/{process.pid}/pagemap", "rb", buffering=0) as file:
+        file.read(8)
+
+
+def anonymous(target: Target, name: str = "anon_unwritten") -> int:
+    """Where an area of the target is."""
+    return int(target.ask("areas")[name]["addr"])
+
+
+@pytest.mark.parametrize("how", WRITES)
+def test_pages_that_others_write_are_marked(spawn: Spawn, covering: Programs, how: str) -> None:
+    marks, target = WrittenPages(covering), spawn("layout")
+    address = anonymous(target)
+    with Process(Pid(target.pid)) as process:
+        tgid = marks.add(process)
+        space, number = marks.space_behind(partial(look, process))
+        faults = marks.counts(tgid).faults
+        outside(how, target, address + 3 * PAGE_SIZE, 2)
+        assert marks.written_by_others(space) == 2
+        assert marks.counts(tgid).faults == faults
+        marks.switch()
+        drained = marks.drain()
+        marks.leave_space(space)
+    assert pages_between(drained[number], address, 8 * PAGE_SIZE) == {3, 4}
+    assert not pages_between(drained.get(tgid, np.empty(0)), address, 8 * PAGE_SIZE)
+
+
+def test_the_faults_of_a_target_are_marked_once(spawn: Spawn, covering: Programs) -> None:
+    marks, target = WrittenPages(covering), spawn("layout")
+    with Process(Pid(target.pid)) as process:
+        tgid = marks.add(process)
+        space, number = marks.space_behind(partial(look, process))
+        target.obey("write anon_unwritten 0 8 5")
+        assert marks.counts(tgid).faults >= 8
+        assert marks.written_by_others(space) == 0
+        marks.leave_space(space)
+        marks.switch()
+        assert number not in marks.drain()
+
+
+def test_who_runs_in_the_memory_and_is_no_target_is_marked(
+    spawn: Spawn, covering: Programs
+) -> None:
+    marks, target = WrittenPages(covering), spawn("layout")
+    address = anonymous(target)
+    with Process(Pid(target.pid)) as process:
+        space, number = marks.space_behind(partial(look, process))
+        target.obey("write anon_unwritten 5 1 5")
+        assert marks.written_by_others(space) >= 1
+        marks.leave_space(space)
+        marks.switch()
+        assert 5 in pages_between(marks.drain()[number], address, 8 * PAGE_SIZE)
+
+
+def test_without_covering_every_visit_is_evidence(spawn: Spawn) -> None:
+    target = spawn("layout")
+    with Loading(covering=False).result() as programs, Process(Pid(target.pid)) as process:
+        marks = WrittenPages(programs)
+        assert marks.coverage is Coverage.FAULTS
+        space, _ = marks.space_behind(partial(look, process))
+        before = marks.evidence(space, [])
+        outside("look", target, 0, 0)
+        assert marks.evidence(space, []) != before
+
+
+def test_a_probe_that_marks_nothing_is_no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the layout of structs were that of another kernel."""
+    monkeypatch.setattr(loader, "recall", lambda key: None)
+    monkeypatch.setattr(loader, "keep", lambda key, code: None)
+    types = loader.kernel_types()
+    if not types:
+        pytest.skip("cannot run here: the kernel has no BTF")
+    wrong = ["-DVMA_MM_OFFSET=8", *types[1:]]
+    code = f"""
+import sys
+from crtrace.track import loader
+loader.kernel_types = lambda: {wrong}
+sys.stdout.buffer.write(loader._compile().pack())
+"""
+    monkeypatch.setattr(
+        loader, "_compiler",
+        lambda: subprocess.Popen(
+            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        ),
+    )  # fmt: skip
+    with Loading().result() as programs:
+        assert WrittenPages(programs).coverage is Coverage.FAULTS
+
+
+@pytest.mark.usefixtures("userfaultfd", "covering")
+@pytest.mark.parametrize("way", BY_OTHERS.values(), ids=BY_OTHERS)
+def test_no_write_of_others_is_missed(stage: Stage, way: str) -> None:
+    with stage.lend() as it:
+        it.take()
+        for _ in range(2):
+            if lacking := it.do(way):
+                pytest.skip(f"cannot run here: {lacking}")
+            stats = it.take()
+            assert stats["bpf_missed"] == 0
+            assert stats["bpf_coverage"] == "page faults, writes by others"
+
+
+def take_with(judge: Judged, action: Any, before: str) -> None:
+    """An exact epoch, in which ``action`` runs before a step of the session."""
+    step = getattr(judge.session, before)
+
+    def with_action(*args: Any) -> Any:
+        action()
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge.session, before, with_action)
+        judge.take()
+
+
+@pytest.mark.usefixtures("userfaultfd", "small_targets_too")
+def test_a_visit_is_followed_by_a_scan_of_everything_without_coverage(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WrittenPages, "_covers_others", lambda marks: False)
+    target = spawn("layout")
+    address = anonymous(target, "anon_written")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        take_with(judge, partial(outside, "writev", target, address, 4), "_pause")
+        judge.take()
+    assert [stats["scans_bounded"] for stats in judge.stats] == [1, 0, 1]
+    assert judge.stats[-1]["bpf_coverage"] == "page faults"

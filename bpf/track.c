@@ -34,6 +34,8 @@ BPF_TABLE("hash", u64, struct visits, visits, TARGETS);
 BPF_TABLE("hash", u32, u64, homes, TARGETS);
 /* Threads whose write fault in kernel mode has been marked, and takes the lock next. */
 BPF_TABLE("lru_hash", u64, u32, faulting, 1024);
+/* Threads in a plain visit, and the address space that they are in. */
+BPF_TABLE("hash", u64, u64, plain, TARGETS);
 /* Each region when it is first marked in a generation, as struct region_key. */
 BPF_RINGBUF_OUTPUT(fresh, RING_PAGES);
 
@@ -161,15 +163,89 @@ int fault_of_anybody(struct pt_regs *ctx)
 	return 0;
 }
 
+/* From orig_ax on in struct pt_regs. */
+#define ORIG_AX 120
+struct user_state {
+	u64 call, ip, cs;
+};
+#define USER_CS 0x33
+
+/*
+ * Whether the current thread is in read, write or one of their kin, process_vm_readv or _writev, or
+ * ptrace. Whatever these do with anybody's memory while they hold its lock for reading, files of
+ * /proc and of the kernel's settings included, they do by page faults: nothing discards or
+ * replaces contents there. Numbers of 32-bit calls that look the same do neither.
+ */
+static __always_inline bool only_faults(void)
+{
+	void *regs = (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
+	struct user_state user = {};
+
+	if (bpf_probe_read_kernel(&user, sizeof(user), regs + ORIG_AX))
+		return false;
+	/* The kernel's own threads have only zeros there, workers that it gives a process no ip. */
+	if (!user.ip || (user.cs & 0xffff) != USER_CS)
+		return false;
+	return user.call <= 1 /* read, write */ ||
+	       (user.call >= 17 && user.call <= 20) /* pread64, pwrite64, readv, writev */ ||
+	       user.call == 101 /* ptrace */ ||
+	       user.call == 295 || user.call == 296 /* preadv, pwritev */ ||
+	       user.call == 310 || user.call == 311 /* process_vm_readv, process_vm_writev */ ||
+	       user.call == 327 || user.call == 328 /* preadv2, pwritev2 */;
+}
+
+/* Whether this visit, for reading, is plain. The controller compares what it reads of `begun` with
+ * what it reads of `plain` after that, so they are changed in the other order. */
+static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, bool over)
+{
+	int index = CONTROLLER_COVERS;
+	u64 *where = plain.lookup(&who), *covers;
+	bool known = where && *where == space;
+
+	if (known)
+		plain.delete(&who);
+	if (over) {
+		if (known)
+			__sync_fetch_and_add(&counted->plain, -1);
+		return known;
+	}
+	/* One that is known when it begins was not seen to end. */
+	covers = controller.lookup(&index);
+	if (known || !covers || !*covers || !only_faults() || plain.update(&who, &space))
+		return false;
+	__sync_fetch_and_add(&counted->plain, 1);
+	__sync_fetch_and_add(&counted->begun, 1);
+	return true;
+}
+#else
+static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, bool over)
+{
+	return false;
+}
 #endif
+
+/*
+ * Whether the lock is taken, or was, to change the address space. It can be had for reading by
+ * whoever holds it for writing: then it is let go as one for reading, too.
+ */
+static __always_inline bool changes(struct visits *counted, u64 who, bool writes, bool over)
+{
+	bool did = counted->writer == who;
+
+	if (over && did)
+		counted->writer = 0;
+	if (!over && writes)
+		counted->writer = who;
+	return writes || did;
+}
 
 /*
  * Who takes the lock of an address space may change memory without a page fault: pages that the
  * kernel writes to for somebody, or discards. Counted when it is taken, for what goes on meanwhile,
  * and when it is let go, for what began earlier. A fault in kernel mode takes the lock itself and is
- * no reason to count: it is marked. What the controller does changes nothing.
+ * no reason to count: it is marked. Nor is a plain visit. What the controller does changes nothing.
  */
-static __always_inline void visit(u64 space, bool over)
+static __always_inline void visit(u64 space, bool writes, bool over)
 {
 	u64 who = bpf_get_current_pid_tgid();
 	u32 tgid = who >> 32;
@@ -187,20 +263,25 @@ static __always_inline void visit(u64 space, bool over)
 
 	if (!counted)
 		return;
+
+	bool for_reading = !changes(counted, who, writes, over);
+
 	if (faulting.lookup(&who)) {
 		if (over)
 			faulting.delete(&who);
-		return;
+		if (for_reading)
+			return;
 	}
-	__sync_fetch_and_add(&counted->all, 1);
 	value = homes.lookup(&tgid);
 	if (!value || *value != space)
 		__sync_fetch_and_add(&counted->foreign, 1);
+	if (!for_reading || !is_plain(counted, who, space, over))
+		__sync_fetch_and_add(&counted->all, 1);
 }
 
 RAW_TRACEPOINT_PROBE(mmap_lock_released)
 {
-	visit(ctx->args[0], true);
+	visit(ctx->args[0], ctx->args[LOCK_WRITE_ARG], true);
 	return 0;
 }
 
@@ -210,7 +291,11 @@ RAW_TRACEPOINT_PROBE(mmap_lock_released)
  */
 RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 {
-	visit(ctx->args[0], false);
+#ifdef VMA_MM_OFFSET
+	if (!ctx->args[LOCK_WRITE_ARG + 1]) /* it was tried, in vain */
+		return 0;
+#endif
+	visit(ctx->args[0], ctx->args[LOCK_WRITE_ARG], false);
 	if (!ctx->args[LOCK_WRITE_ARG])
 		return 0;
 

@@ -29,10 +29,15 @@ struct target {
 	__u32 flags;
 };
 
+/* Visits of an address space: somebody holds its lock. A plain one changes memory by page faults
+ * only, all of which are marked. */
 struct visits {
-	__u64 all;
-	__u64 foreign; /* those of processes that do not run in the address space */
+	__u64 all;     /* but plain ones */
+	__u64 foreign; /* those of processes that do not run in the address space, plain or not */
 	__u64 written; /* faults that were marked under `number` */
+	__u64 begun;   /* plain visits */
+	__u64 plain;   /* those of them that are not over; behind `begun`, which it is read after */
+	__u64 writer;  /* the thread that is changing the address space */
 	__u32 number;  /* what the writes of others are marked under; that of no process */
 	__u32 reserved;
 };
@@ -55,12 +60,13 @@ enum controller {
 	CONTROLLER_TGID,    /* its number in the initial PID namespace */
 	CONTROLLER_SPACE,   /* its own address space */
 	CONTROLLER_VISITED, /* the one that it looked at last, other than its own */
+	CONTROLLER_COVERS,  /* whether plain visits are spared: all that they do is marked */
 	CONTROLLER_COUNT
 };
 
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
 _Static_assert(sizeof(struct target) == 32, "target");
-_Static_assert(sizeof(struct visits) == 32, "visits");
+_Static_assert(sizeof(struct visits) == 56, "visits");
 
 #endif

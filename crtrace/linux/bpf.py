@@ -7,6 +7,7 @@ import ctypes
 import errno
 import mmap
 import os
+import re
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
@@ -139,6 +140,12 @@ class Runs:
     nanoseconds: int
     count: int
     missed: int
+
+
+def misses_are_counted() -> bool:
+    """Whether ``missed`` says anything of programs at kprobes: only a kernel's version tells."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return found is not None and (int(found[1]), int(found[2])) >= (6, 7)
 
 
 def runs(program: int) -> Runs:

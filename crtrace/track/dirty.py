@@ -40,16 +40,19 @@ VISITS = np.dtype(
         ("all", "<u8"),
         ("foreign", "<u8"),
         ("written", "<u8"),
+        ("begun", "<u8"),
+        ("plain", "<u8"),
+        ("writer", "<u8"),
         ("number", "<u4"),
         ("reserved", "<u4"),
     ]
 )
-assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 32], "bpf/track.h"
+assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 56], "bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
 _LOST_CHILDREN, _UNTOLD, _RECLAIMS = range(3)
 """Indices of ``totals``, as in bpf/track.h."""
-_OWN_TGID, _OWN_SPACE, _VISITED = range(3)
+_OWN_TGID, _OWN_SPACE, _VISITED, _COVERS = range(4)
 """Indices of ``controller``, as in bpf/track.h."""
 NO_PROCESS = 1 << 31
 """From here on numbers are those of address spaces: no process has such a one."""
@@ -81,6 +84,8 @@ class Visits:
     all: int
     foreign: int
     written: int
+    begun: int
+    plain: int
 
 
 Evidence = tuple[int, ...]
@@ -104,12 +109,16 @@ class WrittenPages:
         self._reclaims = self._freed = 0
         self._covering = programs.covering
         self._numbers = itertools.count(NO_PROCESS)
+        self._never = itertools.count(1)
         self._heard: list[Array] = []
         """Keys of the regions that were marked first since the last switch."""
         self._heard_before: list[Array] = []
         """The same between the last two switches."""
         self._introduce_ourselves()
         self.coverage = Coverage.OTHERS if self._covers_others() else Coverage.FAULTS
+        self.spares_plain = self.coverage is Coverage.OTHERS and bpf.misses_are_counted()
+        """Whether visits that change memory by marked faults only are no evidence."""
+        self._set("controller", _COVERS, self.spares_plain)
         log.debug("BPF marks %s", self.coverage)
 
     def _introduce_ourselves(self) -> None:
@@ -246,7 +255,10 @@ class WrittenPages:
     def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        found = [self._visits(space).all, self._get("totals", _UNTOLD), self._lazily_freed()]
+        visits = self._visits(space)
+        found = [visits.all, self._get("totals", _UNTOLD), self._lazily_freed(), self._missed()]
+        # What a plain visit has marked may still be to come: nothing equals that.
+        found.append(next(self._never) if visits.plain else 0)
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
             found += [tgid, counts.lost]
@@ -263,6 +275,10 @@ class WrittenPages:
         """How often somebody who does not run in it took the lock of an address space."""
         return self._visits(space).foreign
 
+    def plain_visits(self, space: int) -> int:
+        """How many visits have begun that change memory by page faults only."""
+        return self._visits(space).begun
+
     def written_by_others(self, space: int) -> int:
         """Write faults in it that are not in the counts of the processes that run in it."""
         return self._visits(space).written
@@ -271,7 +287,11 @@ class WrittenPages:
         value = np.zeros(1, dtype=VISITS)
         bpf.lookup(self._maps["visits"], _u64(space), value)
         row = value[0]
-        return Visits(*(int(row[name]) for name in ("all", "foreign", "written")))
+        return Visits(*(int(row[name]) for name in ("all", "foreign", "written", "begun", "plain")))
+
+    def _missed(self) -> int:
+        """Faults at which the program that marks the writes of others could not run."""
+        return bpf.runs(self._covering).missed if self.spares_plain else 0
 
     def _lazily_freed(self) -> int:
         """Pages that the kernel has taken without a lock, of any process: it tells nobody whose."""

@@ -5,6 +5,10 @@ of the address space, and is counted: what the kernel writes for somebody, what 
 or moved, and by whomever. As long as no count has changed since all was last looked at, only what
 is marked can differ.
 
+Where BPF marks the writes of others as well, visits that change memory in no other way are *plain*,
+and are not among these counts. Others do not stand still in the pause, so such a visit counts after
+all if it was under way when the pause looked, or began before marks went to the next generation.
+
 This is never taken on trust for long: after a pause in which only marked regions were looked at,
 everything is, while the target runs again. What turns up then without a mark and without a count is
 told as late, and that address space is not guided any more.
@@ -47,6 +51,8 @@ class Guide:
         self._blind = False
         self._tgids: set[int] = set()
         self._foreign = 0
+        self._begun = 0
+        """Plain visits when the counts were looked at last."""
         self._written_by_others = 0
         """As of the last pause."""
 
@@ -62,6 +68,7 @@ class Guide:
 
     def evidence(self, tgids: Collection[int], changes: int) -> Evidence:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
+        self._begun = self._marks.plain_visits(self._space)
         return (changes, *self._marks.evidence(self._space, tgids))
 
     def map_evidence(self, tgids: Collection[int]) -> Evidence:
@@ -80,7 +87,10 @@ class Guide:
         return evidence == self._since and not self._blind
 
     def paused(self) -> None:
-        """Marks go to the next generation since the scan of a pause."""
+        """Marks go to the next generation since the last scan, that of a pause. What began to be
+        marked in between is in neither."""
+        if self._marks.plain_visits(self._space) != self._begun:
+            self.doubt()
         self._written_by_others = self._marks.written_by_others(self._space)
 
     def written_by_others(self) -> int:

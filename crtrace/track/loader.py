@@ -45,7 +45,7 @@ KEY = np.dtype([("tgid", "<u4"), ("reserved", "<u4"), ("region", "<u8")])
 """``struct region_key`` of bpf/track.h."""
 MAPS = (
     "written0", "written1", "targets", "generation", "totals", "question", "controller", "visits",
-    "homes", "faulting", "fresh",
+    "homes", "faulting", "plain", "fresh",
 )  # fmt: skip
 RAW_TRACEPOINTS = (
     "page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned", "mmap_lock_released",

@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from crtrace.linux import bpf
 from crtrace.linux.procfs import Process
 from crtrace.track import loader
-from crtrace.track.dirty import Coverage, WrittenPages
+from crtrace.track.dirty import NO_PROCESS, VISITS, Coverage, WrittenPages
+from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, Programs
 from crtrace.units import PAGE_SIZE, Pid
 from tests.live.conftest import Spawn
@@ -118,6 +120,26 @@ def test_who_runs_in_the_memory_and_is_no_target_is_marked(
         assert 5 in pages_between(marks.drain()[number], address, 8 * PAGE_SIZE)
 
 
+@pytest.mark.parametrize(
+    ("how", "plain"), [*((how, True) for how in (*WRITES, "look")), ("page_out", False)]
+)
+def test_what_changes_memory_by_faults_only_is_no_evidence(
+    spawn: Spawn, covering: Programs, how: str, plain: bool
+) -> None:
+    marks, target = WrittenPages(covering), spawn("layout")
+    address = anonymous(target, "anon_written")
+    with Process(Pid(target.pid)) as process:
+        space, _ = marks.space_behind(partial(look, process))
+        before, foreign = marks.evidence(space, []), marks.foreign_visits(space)
+        outside(how, target, address, 4)
+        assert marks.foreign_visits(space) > foreign
+        assert (marks.evidence(space, []) == before) == (plain and marks.spares_plain)
+        before = marks.evidence(space, [])
+        target.obey("brk +4")  # its own change of what is mapped
+        assert marks.evidence(space, []) != before
+        marks.leave_space(space)
+
+
 def test_without_covering_every_visit_is_evidence(spawn: Spawn) -> None:
     target = spawn("layout")
     with Loading(covering=False).result() as programs, Process(Pid(target.pid)) as process:
@@ -127,6 +149,35 @@ def test_without_covering_every_visit_is_evidence(spawn: Spawn) -> None:
         before = marks.evidence(space, [])
         outside("look", target, 0, 0)
         assert marks.evidence(space, []) != before
+
+
+def visits(marks: WrittenPages, space: int, **values: int) -> None:
+    """Let BPF have counted so."""
+    value = np.zeros(1, dtype=VISITS)
+    for name, number in values.items():
+        value[name] = number
+    bpf.update(marks._maps["visits"], np.array([space], dtype=np.uint64), value)
+
+
+def test_a_plain_visit_that_is_under_way_equals_nothing() -> None:
+    with Loading(covering=False).result() as programs:
+        marks = WrittenPages(programs)
+        visits(marks, 99, all=5, begun=3)
+        guide = Guide(marks, 99, NO_PROCESS)
+        evidence = guide.evidence([], 0)
+        guide.everything_seen(evidence)
+        assert guide.holds(guide.evidence([], 0))
+        visits(marks, 99, all=5, begun=4, plain=1)
+        assert not guide.holds(guide.evidence([], 0))
+        guide.everything_seen(guide.evidence([], 0))
+        assert not guide.holds(guide.evidence([], 0))
+        visits(marks, 99, all=5, begun=4)
+        guide.everything_seen(guide.evidence([], 0))
+        guide.paused()
+        assert guide.holds(guide.evidence([], 0))
+        visits(marks, 99, all=5, begun=5)  # between the scan of a pause and what follows
+        guide.paused()
+        assert not guide.holds(guide.evidence([], 0))
 
 
 def test_a_probe_that_marks_nothing_is_no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +228,24 @@ def take_with(judge: Judged, action: Any, before: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(judge.session, before, with_action)
         judge.take()
+
+
+@pytest.mark.usefixtures("userfaultfd", "covering", "small_targets_too")
+@pytest.mark.parametrize("step", ["_pause", "_look_back"])
+def test_scans_stay_bounded_while_others_write(spawn: Spawn, tmp_path: Path, step: str) -> None:
+    target = spawn("layout")
+    areas = target.ask("areas")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        for turn, how in enumerate((*WRITES, "look")):
+            for area in ("anon_written", "anon_unwritten"):
+                act = partial(outside, how, target, areas[area]["addr"], 4, turn + 1)
+                take_with(judge, act, step)
+            judge.take()
+    for stats in judge.stats[1:]:
+        assert stats["scans_bounded"] == 1
+        assert stats["pages_late"] == 0
+        assert stats["bpf_missed"] == 0
 
 
 @pytest.mark.usefixtures("userfaultfd", "small_targets_too")

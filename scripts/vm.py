@@ -33,7 +33,7 @@ An image of each is made when it is first needed, in some minutes, and again whe
 has changed. That needs root, 4 GB of disk and the network: Debian from the mirror that apt
 uses here, and PyPI as pip is configured. CI and all CRTRACE_* of the environment are handed to
 the guest. KVM is used where a guest comes up with it, otherwise QEMU emulates the processor,
-which is ten times slower or more. The exit code is the command's, or {FAILED} when the machine
+which is much slower. The exit code is the command's, or {FAILED} when the machine
 failed.
 """
 

@@ -87,7 +87,9 @@ class Session:
         self._spaces = spaces or Spaces()
         self._progress = progress
         self._witness = witness
-        self._little = max(1, min(LITTLE, int((max_pause_ms - 2) * PAGES_PER_MS)))
+        self._most = max(1, int((max_pause_ms - 2) * PAGES_PER_MS))
+        """Pages that may be left for the pause at all."""
+        self._little = min(LITTLE, self._most)
         self._book = FileBook()
         self._looked_at = 0
         """BPF's count of map changes when the objects were looked up."""
@@ -213,7 +215,7 @@ class Session:
         left = self._written_since(0)
         left += sum(count_pages(part.carried) for part in work.parts.values())
         # Where a scan takes a stop of its own, the pause can as well copy a little more.
-        little = AT_ONCE if self._must_stand_still() else self._little
+        little = min(AT_ONCE, self._most) if self._must_stand_still() else self._little
         if left > little or any(part.whole for part in work.parts.values()):
             left = self._precopy_round(work, image)
             while left > AT_ONCE and work.converging(left):

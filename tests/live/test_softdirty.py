@@ -87,8 +87,8 @@ def test_huge_pages_without_bits_are_read_each_time(
     target = spawn("layout")
     pages = target.ask("areas")["hugetlb"]["pages"]
     with judged(target.pid, tmp_path / "chain") as judge:
-        for seed in range(3):
-            target.obey(f"write hugetlb 0 {seed + 1} {seed + 1}")
+        for seed in (1, 2, 3):
+            target.obey(f"write hugetlb 0 {seed} {seed}")
             judge.take()
             assert judge.stats[-1]["pages_unarmed"] >= pages
         with judge.epoch() as epoch:

@@ -32,6 +32,10 @@ PORTS = ("out", "err", "results", "status")
 READY_WITHIN = {"kvm": 60, "tcg": 900}
 """Seconds until the guest must have said that it is there. An emulator's host may be busy."""
 
+# In a thread for each processor, one may run code that another is just patching, as kernels do with
+# their tracepoints: they crash.
+ACCELERATOR = {"kvm": "kvm", "tcg": "tcg,thread=single"}
+
 # QEMU 7.2 emulates AVX2 wrongly: numpy then finds what is not there, and misses what is.
 CPU = {"kvm": "host", "tcg": "max,-avx2"}
 CMDLINE = "root=/dev/vda rw console=ttyS0 quiet panic=-1 net.ifnames=0 secretmem.enable=1"
@@ -145,7 +149,7 @@ def qemu_command(
     snapshot = "off" if writable else "on"
     command = [
         "setpriv", "--pdeathsig", "KILL", "qemu-system-x86_64",
-        "-accel", accelerator, "-cpu", CPU[accelerator],
+        "-accel", ACCELERATOR[accelerator], "-cpu", CPU[accelerator],
         "-smp", str(size.cpus), "-m", f"{size.mib}M",
         "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none",
         "-serial", f"file:{log}",

@@ -39,9 +39,9 @@ from tests.live.harness import (
 )
 
 Spawn = Callable[..., Target]
-LAUNCHERS = {"without"}
+NO_TARGETS = {"without", "outsider"}
 """Programs that only start others."""
-C_TARGETS = sorted({path.stem for path in SOURCES.glob("*.c")} - LAUNCHERS)
+C_TARGETS = sorted({path.stem for path in SOURCES.glob("*.c")} - NO_TARGETS)
 
 
 def flip_byte(pid: int, addr: int) -> None:

@@ -79,7 +79,7 @@ def test_pagemap_is_asked_only_what_it_can_tell(spawn: Spawn) -> None:
 
 
 def test_a_page_in_the_middle_of_a_huge_mapping_is_found(spawn: Spawn) -> None:
-    """One mapping of half a TiB, of which two pages exist; its empty neighbours are passed over."""
+    """One mapping of half a TiB, of which two pages exist, or huge ones around them."""
     target = spawn("layout")
     at = target.info["areas"]["reserve"]["addr"] + (1 << 38)
     with open(f"/proc/{target.pid}/mem", "r+b", buffering=0) as memory:
@@ -88,7 +88,8 @@ def test_a_page_in_the_middle_of_a_huge_mapping_is_found(spawn: Spawn) -> None:
         around = next(vma for vma in space.vmas if vma.start <= at < vma.end)
         assert around.end - around.start >= 1 << 39
         found, _ = plain.scan(pagemap.OWN, around.pages)
-    assert (merge(found) - np.uint64(at >> PAGE_SHIFT)).tolist() == [[0, 2]]
+    (pages,) = merge(found).tolist()
+    assert pages[0] <= at >> PAGE_SHIFT < (at >> PAGE_SHIFT) + 2 <= pages[1] <= pages[0] + 1024
 
 
 @pytest.mark.parametrize("lacking", ["userfaultfd", "pagemap_scan"])

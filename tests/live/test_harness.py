@@ -40,7 +40,7 @@ from tests.live.harness import (
 
 Spawn = Callable[..., Target]
 NO_TARGETS = {"without", "outsider"}
-"""Programs that only start others."""
+"""Programs that start others, or meddle with them."""
 C_TARGETS = sorted({path.stem for path in SOURCES.glob("*.c")} - NO_TARGETS)
 
 

@@ -25,7 +25,7 @@ from crtrace.linux.pagemap import EVERYTHING, SOFT_DIRTY, SWAPPED, Filter, Scann
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Look, Scan
-from crtrace.track.windows import effort, large, worth_while
+from crtrace.track.windows import effort, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -103,7 +103,6 @@ class SoftDirtyArmer:
             self._clear_refs = process.open("clear_refs", os.O_WRONLY)
             self._mem = process.open("mem", os.O_RDWR)
             self._scanner = _scanner(self._pagemap, space)
-            self._newer = pagemap.supported(self._pagemap, pagemap.GUARD)
         except BaseException:
             self.close()
             raise
@@ -232,9 +231,9 @@ class SoftDirtyArmer:
         return count_pages(ranges)
 
     def boundable(self) -> bool:
-        """See :class:`crtrace.track.armer.Armer`. Kernels that know guard regions discard memory
-        without a lock that could be counted."""
-        return large(self._effort) and not self._newer
+        """See :class:`crtrace.track.armer.Armer`. Taking bits off takes them all, also those of
+        pages that bounds have left out: afterwards nobody could see that they were wrong."""
+        return False
 
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""

@@ -44,7 +44,7 @@ def small_targets_too() -> Iterator[None]:
         yield
 
 
-@pytest.fixture(params=asked_of("userfaultfd", "soft-dirty"), scope="module")
+@pytest.fixture(params=asked_of("userfaultfd"), scope="module")
 def armer(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each armer whose scans can be bounded, where the kernel has what it needs."""
     yield from armed_by(request.param, request)

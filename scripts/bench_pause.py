@@ -470,7 +470,11 @@ def main() -> None:
     options = parse(sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="crtrace-bench-", dir=options.dir) as folder:
         samples, absent = measure(options, Path(folder))
-    samples |= ratios(samples, options.large)
+    report(samples | ratios(samples, options.large), absent, options)
+
+
+def report(samples: Samples, absent: dict[str, str], options: argparse.Namespace) -> None:
+    """Print what was measured: a table, or one object if ``options.json``."""
     if options.json:
         shown = {name: str(value) for name, value in vars(options).items()}
         print(
@@ -479,14 +483,15 @@ def main() -> None:
             )
         )
         return
-    print(f"{'':<58}{'median':>10}{'p99':>10}{'min':>10}{'max':>10}")
+    width = max(58, *map(len, samples))
+    print(f"{'':<{width}}{'median':>10}{'p99':>10}{'min':>10}{'max':>10}")
     for name, values in samples.items():
         tail = percentile_99(values)
         last = f"{'–':>10}" if tail is None else f"{tail:10.2f}"
         middle = statistics.median(values)
-        print(f"{name:<58}{middle:10.2f}{last}{min(values):10.2f}{max(values):10.2f}")
+        print(f"{name:<{width}}{middle:10.2f}{last}{min(values):10.2f}{max(values):10.2f}")
     for name, reason in absent.items():
-        print(f"{name:<58}absent: {reason}")
+        print(f"{name:<{width}}absent: {reason}")
 
 
 if __name__ == "__main__":

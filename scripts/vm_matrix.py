@@ -41,8 +41,8 @@ TESTS = (
     "tests/live/test_untouched.py",
     "tests/live/test_tree.py::test_a_whole_tree_goes_on_when_crtrace_is_killed",
 )
-"""What can come out differently on another kernel or with another armer, chosen so that a row takes
-less than half an hour where the processor is emulated, which costs 13 times the processor's time.
+"""What can come out differently on another kernel or with another armer, and so little of it that
+one can wait for a row where the processor is emulated.
 Images and commands that read them are the same everywhere."""
 
 ARMERS = ("userfaultfd", "soft-dirty", "compare")

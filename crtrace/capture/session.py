@@ -178,13 +178,16 @@ class Session:
             for space in work.parts.keys() - {target.space for target in self._tree.targets()}:
                 image.drop(space)  # it ended while it was copied
             work.written_at = time.monotonic()
-            stats = {**work.statistics(), "bpf_coverage": str(self._marks.coverage)}
+            stats = self._statistics(work)
             if self._accounting:
                 stats["paid"] = self._accounting.totals(self.processes)
             entry = image.commit(stats)
             self._committed(work)
         stats["total_time"] = work.elapsed()
         return entry, stats
+
+    def _statistics(self, work: Work) -> dict[str, Any]:
+        return {**work.statistics(), "bpf_coverage": str(self._marks.coverage)}
 
     def _begin(self, reason: str, full: bool) -> ImageWriter:
         return self.chain.begin(
@@ -504,7 +507,7 @@ class Session:
         self._tree.update()
         with self._begin("exit", full=False) as image:
             self._write_ends(image)
-            stats = {**Work().statistics(), "bpf_coverage": str(self._marks.coverage)}
+            stats = self._statistics(Work())
             entry = image.commit(stats)
         self._tree.departed.clear()
         return entry, stats

@@ -1,7 +1,6 @@
 """What the running kernel says of its own types: the BTF that it shows in ``/sys/kernel/btf``.
 
-Types follow one another, each as long as its kind says, so all are walked through once: that takes
-a quarter of a second.
+Types follow one another, each as long as its kind says, so all are walked through once.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.stop import StoppedProcess
-from crtrace.units import U64
+from crtrace.units import U64, no_pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +90,15 @@ class Armer(Protocol):
 
     def close(self) -> None:
         """Leave the target as it was; it may be called twice."""
+
+
+class Unbounded:
+    """Of an armer: its scans look everywhere, always."""
+
+    def boundable(self) -> bool:
+        """See :class:`Armer`."""
+        return False
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """See :class:`Armer`: there is nothing to find."""
+        return Look(no_pages(), no_pages())

@@ -14,11 +14,11 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pagemap import EVERYTHING
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Look, Scan
-from crtrace.units import U64, intersect, merge, no_pages, subtract
+from crtrace.track.armer import Scan, Unbounded
+from crtrace.units import U64, intersect, merge, subtract
 
 
-class CompareArmer:
+class CompareArmer(Unbounded):
     """Notices nothing of one process. The target is never touched."""
 
     name = "compare"
@@ -48,14 +48,6 @@ class CompareArmer:
 
     def written_now(self) -> None:
         """See :class:`crtrace.track.armer.Armer`: nobody knows better."""
-
-    def boundable(self) -> bool:
-        """See :class:`crtrace.track.armer.Armer`: never."""
-        return False
-
-    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
-        """See :class:`crtrace.track.armer.Armer`: there is nothing to find."""
-        return Look(no_pages(), no_pages())
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""

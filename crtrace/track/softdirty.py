@@ -24,8 +24,7 @@ from crtrace.linux.addrspace import AddressSpace, open_mapped
 from crtrace.linux.pagemap import EVERYTHING, SOFT_DIRTY, SWAPPED, Filter, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Look, Scan
-from crtrace.track.windows import effort, worth_while
+from crtrace.track.armer import Scan, Unbounded
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -68,7 +67,7 @@ def try_on_ourselves() -> None:
         raise FeatureMissing("this kernel does not keep soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
 
 
-class SoftDirtyArmer:
+class SoftDirtyArmer(Unbounded):
     """Arms one process. Nothing of it is in the target, so nothing has to be taken back: a page
     that is written later costs one page fault, and that is all."""
 
@@ -87,8 +86,6 @@ class SoftDirtyArmer:
         """The mappings when the bits were last taken off."""
         self._map_as_of = -1
         """The changes of the map until then."""
-        self._own = no_pages()
-        self._effort = 0
         self._canaries = no_pages()
         self._moving = no_pages()
         """Found written while the kernel moved them to other memory, perhaps: they arrive writable,
@@ -126,40 +123,26 @@ class SoftDirtyArmer:
         within: U64 | None = None,
         beside: ThreadPoolExecutor | None = None,
     ) -> Scan:
-        """See :class:`crtrace.track.armer.Armer`; always with the target ``stopped``."""
+        """See :class:`crtrace.track.armer.Armer`; always with the target ``stopped``, and always
+        everywhere: all bits are taken off, also those of pages that bounds would leave out, and
+        afterwards nobody could see that the bounds were wrong."""
         if not stopped:
             raise ValueError("soft-dirty bits are only read while the target is stopped")
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
         mapped_since = self._compare_map(space)
-        windows = None if again else self._windows(space, within, mapped_since)
-        own, dirty, swapped = self._bits(windows)
-        if windows is not None:
-            own = merge(own, subtract(intersect(self._own, space.private), windows))
+        own, dirty, self._moving, moved = *self._bits(), self._moving
         unarmed = intersect(own, self._without_bits)
-        written = intersect(own, merge(dirty, mapped_since, self._moving, unarmed))
+        written = intersect(own, merge(dirty, mapped_since, moved, unarmed))
         if again or not self._canaries_live(dirty):
             written = own
         self._clear()
         self._plant(space, subtract(own, unarmed))
-        self._own, self._moving = own, swapped
-        if windows is None:
-            self._effort = effort(count_pages(own), len(space.vmas))
         self._doubtful = False
-        return Scan(written, subtract(EVERYTHING, own), unarmed, windows is not None)
+        return Scan(written, subtract(EVERYTHING, own), unarmed)
 
-    def _windows(self, space: AddressSpace, within: U64 | None, mapped_since: U64) -> U64 | None:
-        """Where to look, given the bounds; None: everywhere. See
-        ``UserfaultfdArmer`` for why files are not bounded."""
-        if within is None:
-            return None
-        beyond = merge(
-            space.private_files, mapped_since, self._without_bits, self._moving, self._canaries
-        )
-        return worth_while(merge(intersect(within, space.anonymous), beyond), self._effort)
-
-    def _bits(self, windows: U64 | None) -> tuple[U64, U64, U64]:
+    def _bits(self) -> tuple[U64, U64, U64]:
         """Own pages, those with the bit, and those of them that are not in place."""
-        ranges, categories = self._scanner.scan(pagemap.OWN, windows, report=SOFT_DIRTY | SWAPPED)
+        ranges, categories = self._scanner.scan(pagemap.OWN, report=SOFT_DIRTY | SWAPPED)
         dirty = categories & np.uint64(SOFT_DIRTY) != 0
         swapped = dirty & (categories & np.uint64(SWAPPED) != 0)
         private = self._space.private
@@ -229,18 +212,6 @@ class SoftDirtyArmer:
         """See :class:`crtrace.track.armer.Armer`: all of a huge page is dirty after one fault."""
         ranges, _ = self._scanner.scan(DIRTY, report=SOFT_DIRTY)
         return count_pages(ranges)
-
-    def boundable(self) -> bool:
-        """See :class:`crtrace.track.armer.Armer`. Taking bits off takes them all, also those of
-        pages that bounds have left out: afterwards nobody could see that they were wrong."""
-        return False
-
-    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
-        """See :class:`crtrace.track.armer.Armer`."""
-        own, dirty, _ = self._bits(None)
-        written = subtract(dirty, merge(self._moving, self._canaries, self._without_bits))
-        absent = subtract(space.anonymous, own)
-        return Look(intersect(written, space.anonymous), absent)
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""

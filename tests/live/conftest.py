@@ -51,21 +51,22 @@ def spawn() -> Iterator[Spawn]:
 @pytest.fixture(scope="session")
 def userfaultfd() -> None:
     """Skip what is only so where the kernel notes the first write to a page."""
-    try:
-        try_userfaultfd()
-    except (OSError, FeatureMissing):
-        pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
+    _skip_unless(try_userfaultfd, "no write protection by userfaultfd (before Linux 6.7)")
     _skip_unless_asked_for("userfaultfd")
 
 
 @pytest.fixture(scope="session")
 def soft_dirty() -> None:
     """Skip what needs soft-dirty bits."""
-    try:
-        try_soft_dirty()
-    except (OSError, FeatureMissing):
-        pytest.skip("cannot run here: no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+    _skip_unless(try_soft_dirty, "no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
     _skip_unless_asked_for("soft-dirty")
+
+
+def _skip_unless(try_on_ourselves: Callable[[], None], otherwise: str) -> None:
+    try:
+        try_on_ourselves()
+    except (OSError, FeatureMissing):
+        pytest.skip(f"cannot run here: {otherwise}")
 
 
 def _skip_unless_asked_for(name: str) -> None:

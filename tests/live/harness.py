@@ -203,6 +203,11 @@ def write_mem(pid: int, addr: int, data: bytes) -> None:
         assert os.pwrite(mem.fileno(), data, addr) == len(data)
 
 
+def flip_byte(pid: int, addr: int) -> None:
+    """Corrupt one byte."""
+    write_mem(pid, addr, bytes([read_mem(pid, addr, 1)[0] ^ 0xFF]))
+
+
 @dataclass(frozen=True, slots=True)
 class Vma:
     """A line of ``/proc/PID/maps``: the half-open range ``[start, end)``."""

@@ -23,7 +23,7 @@ from crtrace.track.loader import Loading
 from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn, armed_by, asked_of
 from tests.live.exactness import judged
-from tests.live.harness import Target, maps
+from tests.live.harness import flip_byte, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
 
 __all__ = ["machine"]
@@ -122,7 +122,7 @@ def test_what_nobody_could_notice_is_told_afterwards(
         judge.session.checkpoint("the counts are the same from here")
 
         def write_unnoticed(*args: Any) -> Any:
-            _write(target, address)
+            flip_byte(target.pid, address)
             return pause(*args)
 
         monkeypatch.setattr(judge.session, "_pause", write_unnoticed)
@@ -132,15 +132,6 @@ def test_what_nobody_could_notice_is_told_afterwards(
         for _ in range(2):  # that way of scanning is not trusted any more
             judge.take()
             assert not judge.stats[-1]["scans_bounded"]
-
-
-def _write(target: Target, address: int) -> None:
-    """Change a page from outside, without a fault of the target's."""
-    with open(f"/proc/{target.pid}/mem", "r+b", buffering=0) as memory:
-        memory.seek(address)
-        (byte,) = memory.read(1)
-        memory.seek(address)
-        memory.write(bytes([byte ^ 0xFF]))
 
 
 @pytest.mark.usefixtures("userfaultfd")
@@ -166,7 +157,7 @@ def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
             return ranges, categories | np.uint64(SWAPPED) * inside
 
         def arrive_and_write(*args: Any) -> Any:
-            _write(target, moving[0])  # nobody notices, as if its protection were lost
+            flip_byte(target.pid, moving[0])  # nobody notices, as if its protection were lost
             return pause(*args)
 
         monkeypatch.setattr(judge.session, "_little", 5)  # so that there is one scan before

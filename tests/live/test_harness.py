@@ -22,6 +22,7 @@ from tests.live.harness import (
     Untouched,
     blocked_in,
     compile_target,
+    flip_byte,
     layout_mismatches,
     maps,
     python_numpy_target,
@@ -42,11 +43,6 @@ Spawn = Callable[..., Target]
 NO_TARGETS = {"without", "outsider"}
 """Programs that start others, or meddle with them."""
 C_TARGETS = sorted({path.stem for path in SOURCES.glob("*.c")} - NO_TARGETS)
-
-
-def flip_byte(pid: int, addr: int) -> None:
-    """Corrupt one byte."""
-    write_mem(pid, addr, bytes([read_mem(pid, addr, 1)[0] ^ 0xFF]))
 
 
 def progress(target: Target, key: str) -> int:

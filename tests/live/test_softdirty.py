@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from crtrace.track.softdirty import try_on_ourselves
 from crtrace.units import PAGE_SIZE
 from tests.live.conftest import Spawn, armed_by
 from tests.live.exactness import judged, reader
-from tests.live.harness import Target, layout_mismatches
+from tests.live.harness import flip_byte, layout_mismatches
 from tests.live.runner import run
 
 SOFT_DIRTY = {"CRTRACE_ARMER": "soft-dirty"}
@@ -45,7 +44,7 @@ def test_bits_that_somebody_else_takes_off_hide_nothing(spawn: Spawn, tmp_path: 
     with judged(target.pid, tmp_path / "chain") as judge:
         judge.take()
         for page in range(3):
-            _write(target, area + page * PAGE_SIZE)
+            flip_byte(target.pid, area + page * PAGE_SIZE)
             Path(f"/proc/{target.pid}/clear_refs").write_text("4")
             judge.take()
             assert judge.stats[-1]["pages_written"] >= 1
@@ -104,9 +103,3 @@ def test_two_of_us_do_not_take_each_other_s_bits(spawn: Spawn, tmp_path: Path) -
         assert "another crtrace" in busy.stderr
         judge.take()
     run("dump", target.pid, "-o", tmp_path / "other", env=SOFT_DIRTY).expect(0)
-
-
-def _write(target: Target, address: int) -> None:
-    with open(f"/proc/{target.pid}/mem", "r+b", buffering=0) as memory:
-        (byte,) = os.pread(memory.fileno(), 1, address)
-        os.pwrite(memory.fileno(), bytes([byte ^ 0xFF]), address)

@@ -33,10 +33,12 @@ class Kernel:
 
     version: str
     suite: str
+    packages: tuple[str, ...] = ()
+    """What it has besides: peers to measure beside us, which not every release has."""
 
 
 KERNELS = (
-    Kernel("6.12", "trixie"),
+    Kernel("6.12", "trixie", ("criu",)),
     Kernel("6.1", "bookworm"),
 )
 """The first is the default."""
@@ -177,7 +179,7 @@ def make_root(path: Path, kernel: Kernel, source: str | None, more: Sequence[str
     root.write("etc/initramfs-tools/modules", "\n".join([*MODULES, ""]))
     root.write("sbin/crtrace-init", INIT, 0o755)
     say("installing packages, the kernel among them")
-    root.install([*SYSTEM, *setup_packages(), *more])
+    root.install([*SYSTEM, *setup_packages(), *kernel.packages, *more])
     add_wheels(root)
     (path / "usr/sbin/policy-rc.d").unlink()
     return root

@@ -29,22 +29,25 @@ from scripts.vm_machine import TREE, Image, Size, VmError, command_text, run, sa
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel to run on: its version, and the Debian release that it comes from."""
+    """A kernel to run on: its version, the Debian release of the guest, and the one that the kernel
+    is taken from where that is another: older ones have no Python that is new enough."""
 
     version: str
     suite: str
+    taken_from: str = ""
     packages: tuple[str, ...] = ()
     """What it has besides: peers to measure beside us, which not every release has."""
 
 
 KERNELS = (
-    Kernel("6.12", "trixie", ("criu",)),
+    Kernel("6.12", "trixie", packages=("criu",)),
     Kernel("6.1", "bookworm"),
+    Kernel("5.10", "bookworm", taken_from="bullseye"),
 )
 """The first is the default."""
 
-SYSTEM = ("linux-image-amd64", "linux-headers-amd64", "initramfs-tools", "zstd", "kmod",
-          "iproute2", "procps")  # fmt: skip
+LINUX = ("linux-image-amd64", "linux-headers-amd64")
+SYSTEM = ("initramfs-tools", "zstd", "kmod", "iproute2", "procps")
 MODULES = ("virtio_pci", "virtio_blk", "virtio_console", "virtio_rng", "ext4")
 WHEELS = "usr/share/crtrace/wheels"
 EDITABLE = "editables"
@@ -179,7 +182,11 @@ def make_root(path: Path, kernel: Kernel, source: str | None, more: Sequence[str
     root.write("etc/initramfs-tools/modules", "\n".join([*MODULES, ""]))
     root.write("sbin/crtrace-init", INIT, 0o755)
     say("installing packages, the kernel among them")
-    root.install([*SYSTEM, *setup_packages(), *kernel.packages, *more])
+    linux = LINUX
+    if older := kernel.taken_from:
+        root.write("etc/apt/sources.list.d/kernel.list", f"deb {source} {older} main\n")
+        linux = tuple(f"{name}/{older}" for name in LINUX)
+    root.install([*linux, *SYSTEM, *setup_packages(), *kernel.packages, *more])
     add_wheels(root)
     (path / "usr/sbin/policy-rc.d").unlink()
     return root

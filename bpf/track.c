@@ -5,9 +5,9 @@
  * After the controller has armed a page, its next write faults, and the page-fault tracepoints see
  * that. Only tracepoint arguments and helpers are used, no kernel struct of the headers, so those of
  * any version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES, the sizes of the maps;
- * and from the running kernel's BTF, where it has that, VMA_MM_OFFSET (of vm_mm in struct
- * vm_area_struct) and LOCK_WRITE_ARG (which argument of the tracepoints of the mmap lock tells that
- * it is held for writing).
+ * WITHOUT_LOCKS where the mmap lock has no tracepoints; and from the running kernel's BTF, where it
+ * has that, VMA_MM_OFFSET (of vm_mm in struct vm_area_struct) and LOCK_WRITE_ARG (which argument of
+ * these tracepoints tells that the lock is held for writing).
  */
 #include <uapi/linux/ptrace.h>
 
@@ -32,7 +32,7 @@ BPF_ARRAY(controller, u64, CONTROLLER_COUNT);
 BPF_TABLE("hash", u64, struct visits, visits, TARGETS);
 /* Which address space a target runs in, as far as the controller knows. */
 BPF_TABLE("hash", u32, u64, homes, TARGETS);
-/* Threads whose write fault in kernel mode has been marked, and takes the lock next. */
+/* Threads of targets in a fault in kernel mode, which takes the lock next: whether it writes. */
 BPF_TABLE("lru_hash", u64, u32, faulting, 1024);
 /* Threads in a plain visit, and the address space that they are in. */
 BPF_TABLE("hash", u64, u64, plain, TARGETS);
@@ -123,10 +123,10 @@ RAW_TRACEPOINT_PROBE(page_fault_user)
 RAW_TRACEPOINT_PROBE(page_fault_kernel)
 {
 	u64 who = bpf_get_current_pid_tgid();
-	u32 here = 1;
+	u32 tgid = who >> 32, writes = (ctx->args[2] & WRITES) != 0;
 
-	if (ctx->args[2] & WRITES && mark_written(ctx->args[0]))
-		faulting.update(&who, &here);
+	if (writes ? mark_written(ctx->args[0]) : targets.lookup(&tgid) != NULL)
+		faulting.update(&who, &writes);
 	return 0;
 }
 
@@ -170,28 +170,42 @@ struct user_state {
 };
 #define USER_CS 0x33
 
-/*
- * Whether the current thread is in read, write or one of their kin, process_vm_readv or _writev, or
- * ptrace. Whatever these do with anybody's memory while they hold its lock for reading, files of
- * /proc and of the kernel's settings included, they do by page faults: nothing discards or
- * replaces contents there. Numbers of 32-bit calls that look the same do neither.
- */
-static __always_inline bool only_faults(void)
+/* The system call that the current thread is in; of kernel threads none. Numbers of 32-bit calls
+ * that look like one of those below do nothing of what is said there. */
+static __always_inline u64 current_call(void)
 {
 	void *regs = (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
 	struct user_state user = {};
 
 	if (bpf_probe_read_kernel(&user, sizeof(user), regs + ORIG_AX))
-		return false;
+		return -1;
 	/* The kernel's own threads have only zeros there, workers that it gives a process no ip. */
 	if (!user.ip || (user.cs & 0xffff) != USER_CS)
-		return false;
-	return user.call <= 1 /* read, write */ ||
-	       (user.call >= 17 && user.call <= 20) /* pread64, pwrite64, readv, writev */ ||
-	       user.call == 101 /* ptrace */ ||
-	       user.call == 295 || user.call == 296 /* preadv, pwritev */ ||
-	       user.call == 310 || user.call == 311 /* process_vm_readv, process_vm_writev */ ||
-	       user.call == 327 || user.call == 328 /* preadv2, pwritev2 */;
+		return -1;
+	return user.call;
+}
+
+/*
+ * Whether the current thread is in a call that can write to memory through the kernel's own mapping
+ * of its pages: it asks for the pages first, and the data come later, when they may be armed again.
+ */
+static __always_inline bool writes_behind(u64 call)
+{
+	return call == 1 || call == 18 || call == 20 /* write, pwrite64, writev: /proc/PID/mem */ ||
+	       call == 296 || call == 328 /* pwritev, pwritev2 */ || call == 311 /* process_vm_writev */;
+}
+
+/*
+ * Whether the current thread is in read, write or one of their kin, process_vm_readv or _writev, or
+ * ptrace. Whatever these do with anybody's memory while they hold its lock for reading, files of
+ * /proc and of the kernel's settings included, they do by page faults: nothing discards or
+ * replaces contents there.
+ */
+static __always_inline bool only_faults(u64 call)
+{
+	return writes_behind(call) || call == 0 /* read */ || call == 17 || call == 19 /* pread64, readv */ ||
+	       call == 101 /* ptrace */ || call == 295 || call == 327 /* preadv, preadv2 */ ||
+	       call == 310 /* process_vm_readv */;
 }
 
 /* Whether this visit, for reading, is plain. The controller compares what it reads of `begun` with
@@ -211,19 +225,30 @@ static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space,
 	}
 	/* One that is known when it begins was not seen to end. */
 	covers = controller.lookup(&index);
-	if (known || !covers || !*covers || !only_faults() || plain.update(&who, &space))
+	if (known || !covers || !*covers || !only_faults(current_call()) || plain.update(&who, &space))
 		return false;
 	__sync_fetch_and_add(&counted->plain, 1);
 	__sync_fetch_and_add(&counted->begun, 1);
 	return true;
 }
 #else
+static __always_inline u64 current_call(void)
+{
+	return -1;
+}
+
+static __always_inline bool writes_behind(u64 call)
+{
+	return false;
+}
+
 static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, bool over)
 {
 	return false;
 }
 #endif
 
+#ifndef WITHOUT_LOCKS
 /*
  * Whether the lock is taken, or was, to change the address space. It can be had for reading by
  * whoever holds it for writing: then it is let go as one for reading, too.
@@ -265,15 +290,15 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 		return;
 
 	bool for_reading = !changes(counted, who, writes, over);
+	u32 *fault = faulting.lookup(&who);
+	bool faults = fault, marked = fault && *fault;
 
-	if (faulting.lookup(&who)) {
-		if (over)
-			faulting.delete(&who);
-		if (for_reading)
-			return;
-	}
+	if (fault && over)
+		faulting.delete(&who);
+	if (marked && for_reading)
+		return;
 	value = homes.lookup(&tgid);
-	if (!value || *value != space)
+	if (!value || *value != space || (!faults && writes_behind(current_call())))
 		__sync_fetch_and_add(&counted->foreign, 1);
 	if (!for_reading || !is_plain(counted, who, space, over))
 		__sync_fetch_and_add(&counted->all, 1);
@@ -306,6 +331,7 @@ RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 		__sync_fetch_and_add(&target->map_changes, 1);
 	return 0;
 }
+#endif
 
 /* Reclaim drops pages that were given up with MADV_FREE, and takes no lock for it. */
 RAW_TRACEPOINT_PROBE(mm_vmscan_lru_shrink_inactive)

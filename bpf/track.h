@@ -33,7 +33,8 @@ struct target {
  * only, all of which are marked. */
 struct visits {
 	__u64 all;     /* but plain ones */
-	__u64 foreign; /* those of processes that do not run in the address space, plain or not */
+	__u64 foreign; /* those of processes that do not run in the address space, and of
+			  its own that write as those do; plain or not */
 	__u64 written; /* faults that were marked under `number` */
 	__u64 begun;   /* plain visits */
 	__u64 plain;   /* those of them that are not over; behind `begun`, which it is read after */

@@ -30,7 +30,7 @@ from crtrace.linux.pagemap import EVERYTHING
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.track.armer import Scan
-from crtrace.track.dirty import WrittenPages
+from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.units import (
     CHUNK_PAGES,
     U64,
@@ -91,7 +91,7 @@ class Session:
         """Pages that may be left for the pause at all."""
         self._little = min(LITTLE, self._most)
         self._book = FileBook()
-        self._looked_at = 0
+        self._looked_at: object = None
         """BPF's count of map changes when the objects were looked up."""
         self._steady: dict[int, Still] = {}
         with ExitStack() as undo:
@@ -364,7 +364,10 @@ class Session:
             for each in objects:
                 each.close()
 
-    def _map_changes(self) -> int:
+    def _map_changes(self) -> object:
+        """Equal as long as nobody has changed a map; of that not every kernel tells."""
+        if self._marks.coverage is Coverage.ALONE:
+            return object()
         return sum(self._tree.counts(member).map_changes for member in self._tree.members)
 
     def _find_objects(self, *, hurry: bool = False) -> list[MappedObject]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 from crtrace.errors import TargetGone
 from crtrace.image.tables import VmaFlag
@@ -15,7 +16,7 @@ from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Armer, Scan
+from crtrace.track.armer import Armer, Scan, nobody
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
 from crtrace.track.dirty import Evidence, WrittenPages
@@ -141,7 +142,8 @@ class Target:
         guide = self._guide_for(tgids)
         if not guide:
             self.doubt()
-            return self.armer.scan(self.map, stopped=stopped, beside=beside)
+            others = partial(self._guide.others, tgids) if self._guide else nobody
+            return self.armer.scan(self.map, stopped=stopped, beside=beside, others=others)
         evidence = guide.evidence(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
         scan = self.armer.scan(self.map, stopped=stopped, within=within, beside=beside)

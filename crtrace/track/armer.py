@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -9,6 +10,9 @@ from typing import Protocol
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.stop import StoppedProcess
 from crtrace.units import U64, no_pages
+
+Others = Callable[[], object]
+"""Equal as long as nobody has written who does not stand still with the target."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,10 @@ class Scan:
     """Those among ``written`` that cannot be armed, so they are read every time."""
     bounded: bool = False
     """It looked only within the bounds that were given."""
+
+
+def nobody() -> None:
+    """The ``others`` of who has none, or knows nothing of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +70,7 @@ class Armer(Protocol):
         stopped: bool,
         within: U64 | None = None,
         beside: ThreadPoolExecutor | None = None,
+        others: Others = nobody,
     ) -> Scan:
         """The sets as of now. Raises ``TargetGone``.
 
@@ -70,7 +79,7 @@ class Armer(Protocol):
 
         ``space`` must have been refreshed if the target is ``stopped``; while it runs, the scan
         refreshes it itself where it has to, and may stop the target for a moment. ``beside`` is a
-        thread that may do a part of it.
+        thread that may do a part of it. ``others`` tells whether somebody else has written.
         """
 
     def written_now(self) -> int | None:

@@ -14,7 +14,7 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pagemap import EVERYTHING
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Scan, Unbounded
+from crtrace.track.armer import Others, Scan, Unbounded, nobody
 from crtrace.units import U64, intersect, merge, subtract
 
 
@@ -41,6 +41,7 @@ class CompareArmer(Unbounded):
         stopped: bool,
         within: U64 | None = None,
         beside: ThreadPoolExecutor | None = None,
+        others: Others = nobody,
     ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.private)

@@ -63,6 +63,8 @@ class Coverage(StrEnum):
 
     FAULTS = "page faults"
     """Those of the targets' threads, by themselves or in the kernel."""
+    ALONE = "page faults, and nobody tells of visits by others"
+    """The same, where the kernel does not tell who takes the lock of an address space."""
     OTHERS = "page faults, writes by others"
     """Those of everybody else, too: other processes, and what is read past the page cache."""
 
@@ -115,7 +117,7 @@ class WrittenPages:
         self._heard_before: list[Array] = []
         """The same between the last two switches."""
         self._introduce_ourselves()
-        self.coverage = Coverage.OTHERS if self._covers_others() else Coverage.FAULTS
+        self.coverage = self._covered(programs.locks)
         self.spares_plain = self.coverage is Coverage.OTHERS and bpf.misses_are_counted()
         """Whether visits that change memory by marked faults only are no evidence."""
         self._set("controller", _COVERS, self.spares_plain)
@@ -130,6 +132,11 @@ class WrittenPages:
         self._set("controller", _OWN_SPACE, 0)  # somebody may have been here before
         mmap.mmap(-1, PAGE_SIZE).close()  # takes the lock of our own space
         self._set("controller", _OWN_SPACE, self._get("controller", _VISITED))
+
+    def _covered(self, locks: bool) -> Coverage:
+        if self._covers_others():
+            return Coverage.OTHERS
+        return Coverage.FAULTS if locks else Coverage.ALONE
 
     def _covers_others(self) -> bool:
         """Whether a write that is no page fault of the writer's is marked where it ought to be:
@@ -271,8 +278,20 @@ class WrittenPages:
             *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
         )
 
+    def written_meanwhile(self, space: int, tgids: Iterable[int]) -> Evidence:
+        """What stays the same while nobody writes in an address space. ``tgids`` run in it, and are
+        stopped, but for workers that the kernel gives them."""
+        visits = self._visits(space)
+        known = (visits.all, visits.written, self._missed()) if self.spares_plain else ()
+        return (
+            *(known or (visits.foreign,)),
+            self._get("totals", _UNTOLD),
+            *(self.counts(tgid).faults for tgid in sorted(tgids)),
+        )
+
     def foreign_visits(self, space: int) -> int:
-        """How often somebody who does not run in it took the lock of an address space."""
+        """How often somebody who does not run in it took the lock of an address space, or who does
+        but writes in such a way that the data may come after a scan has armed the page again."""
         return self._visits(space).foreign
 
     def plain_visits(self, space: int) -> int:

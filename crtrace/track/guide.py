@@ -77,10 +77,14 @@ class Guide:
         return self._marks.map_evidence(self._space, tgids)
 
     def visited(self) -> bool:
-        """Whether somebody from outside has been in the space since this was asked last. What he
-        pinned there he may write to later."""
+        """Whether somebody from outside has been in the space since this was asked last, or wrote
+        as if he were. What he pinned there he may write to later."""
         before, self._foreign = self._foreign, self._marks.foreign_visits(self._space)
         return before != self._foreign
+
+    def others(self, tgids: Collection[int]) -> Evidence:
+        """What stays the same while nobody writes who does not stand still with the target."""
+        return self._marks.written_meanwhile(self._space, tgids)
 
     def holds(self, evidence: Evidence) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""

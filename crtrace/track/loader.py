@@ -47,13 +47,13 @@ MAPS = (
     "written0", "written1", "targets", "generation", "totals", "question", "controller", "visits",
     "homes", "faulting", "plain", "fresh",
 )  # fmt: skip
-RAW_TRACEPOINTS = (
-    "page_fault_user", "page_fault_kernel", "mmap_lock_acquire_returned", "mmap_lock_released",
-    "mm_vmscan_lru_shrink_inactive",
-)  # fmt: skip
+RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel", "mm_vmscan_lru_shrink_inactive")
+LOCKS = ("mmap_lock_acquire_returned", "mmap_lock_released")
+"""Raw tracepoints, too, which Linux has since 5.11."""
 TRACEPOINTS = (
     ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
 )  # fmt: skip
+WITHOUT_LOCKS = "-DWITHOUT_LOCKS"
 RESOLVER = "resolve"
 COVERING, COVERED = "fault_of_anybody", "handle_mm_fault"
 """The program that marks what others write, and the kernel's function at which it runs."""
@@ -64,13 +64,15 @@ class Programs:
     """Descriptors of the loaded maps by name; attachments live until :meth:`close`.
 
     ``origin`` says where the code came from. ``covering`` is the program that marks what others
-    write; -1: this kernel does not allow it.
+    write; -1: this kernel does not allow it. ``locks``: who takes the lock of an address space is
+    counted.
     """
 
     maps: dict[str, int]
     ring: bpf.Ring
     resolver: int
     covering: int
+    locks: bool
     attachments: list[int]
     seconds: float
     origin: str
@@ -143,12 +145,12 @@ class Loading:
                 if each.kind != bpf.KPROBE
             }
             attachments = []
-            for name in RAW_TRACEPOINTS:
-                program = loaded[f"raw_tracepoint__{name}"]
-                attachments.append(held(bpf.attach_raw_tracepoint(program, name)))
-            for category, name in TRACEPOINTS:
-                program = loaded[f"tracepoint__{category}__{name}"]
-                attachments.append(held(bpf.attach_tracepoint(program, category, name)))
+            for name, program in loaded.items():
+                match name.split("__"):
+                    case "raw_tracepoint", event:
+                        attachments.append(held(bpf.attach_raw_tracepoint(program, event)))
+                    case "tracepoint", category, event:
+                        attachments.append(held(bpf.attach_tracepoint(program, category, event)))
             covered = [held(fd) for fd in self._cover(code, fds)]
             maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
             ring = bpf.Ring(maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
@@ -158,7 +160,10 @@ class Loading:
             os.close(fd)  # what is attached stays
         covering = covered.pop(0) if covered else -1
         seconds = time.monotonic() - self._began
-        return Programs(maps, ring, resolver, covering, attachments + covered, seconds, origin)
+        locks = any(name.endswith(LOCKS[0]) for name in loaded)
+        return Programs(
+            maps, ring, resolver, covering, locks, attachments + covered, seconds, origin
+        )
 
     def _cover(self, code: Bytecode, fds: list[int]) -> tuple[int, ...]:
         """The program that marks what others write, and its attachment, if that can be had."""
@@ -259,16 +264,16 @@ def _compile() -> Bytecode:
         raise SystemExit("no kernel headers found for BCC: run scripts/setup")
     if headers.path:
         os.environ["BCC_KERNEL_SOURCE"] = headers.path
-    types = kernel_types()
+    types, locks = kernel_types(), bpf.has_tracepoint("mmap_lock", LOCKS[0])
     for known in (types, types[1:]):
         try:
-            return _compiled_with(known, headers.source)
+            return _compiled_with(known if locks else [WITHOUT_LOCKS], headers.source)
         except Exception as error:  # BCC raises nothing more special
             failure = error  # where the kernel lets nobody read its memory, for one
     raise failure
 
 
-def _compiled_with(types: list[str], headers: str) -> Bytecode:
+def _compiled_with(known: list[str], headers: str) -> Bytecode:
     from bcc import BPF
 
     folder = bpf_sources()
@@ -277,7 +282,7 @@ def _compiled_with(types: list[str], headers: str) -> Bytecode:
         f"-DREGIONS={REGIONS}",
         f"-DTARGETS={TARGETS}",
         f"-DRING_PAGES={RING_PAGES}",
-        *types,
+        *known,
     ]
     program = BPF(src_file=str(folder / "track.c"), cflags=flags)
     program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
@@ -285,7 +290,7 @@ def _compiled_with(types: list[str], headers: str) -> Bytecode:
     return Bytecode(
         headers,
         tuple(_map(name, table) for name, table in zip(MAPS, tables, strict=True)),
-        tuple(_programs(program, [table.map_fd for table in tables], covering=len(types) > 1)),
+        tuple(_programs(program, [table.map_fd for table in tables], known)),
     )
 
 
@@ -313,13 +318,14 @@ def _map(name: str, table: Any) -> BpfMap:
     return BpfMap(name, table.ttype, *sizes, table.max_entries)
 
 
-def _programs(program: Any, fds: list[int], *, covering: bool) -> list[BpfProgram]:
+def _programs(program: Any, fds: list[int], known: list[str]) -> list[BpfProgram]:
+    raw = RAW_TRACEPOINTS if WITHOUT_LOCKS in known else RAW_TRACEPOINTS + LOCKS
     kinds = {
         **{f"tracepoint__{category}__{each}": bpf.TRACEPOINT for category, each in TRACEPOINTS},
-        **{f"raw_tracepoint__{each}": bpf.RAW_TRACEPOINT for each in RAW_TRACEPOINTS},
+        **{f"raw_tracepoint__{each}": bpf.RAW_TRACEPOINT for each in raw},
         RESOLVER: bpf.RAW_TRACEPOINT,
     }
-    if covering:
+    if len(known) > 1:
         kinds[COVERING] = bpf.KPROBE
     return [
         BpfProgram.of(name, kind, program.dump_func(name.encode()), fds)

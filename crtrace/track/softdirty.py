@@ -1,8 +1,10 @@
 """The armer of kernels with soft-dirty bits: ``clear_refs`` takes them off, a write sets one.
 
 Nothing is injected. But looking at the bits and taking them off are two steps, between which a
-running target would write unseen: so a scan wants it stopped. Where the kernel loses a bit, or
-keeps a page writable that has none, all that may be concerned counts as written.
+running target would write unseen: so a scan wants it stopped. Who cannot be stopped waits for the
+lock of the address space, which ``clear_refs`` holds: so whoever wrote in between was counted by
+then. Where the kernel loses a bit, or keeps a page writable that has none, or somebody was counted,
+all that may be concerned counts as written.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from crtrace.linux.addrspace import AddressSpace, open_mapped
 from crtrace.linux.pagemap import EVERYTHING, SOFT_DIRTY, SWAPPED, Filter, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Scan, Unbounded
+from crtrace.track.armer import Others, Scan, Unbounded, nobody
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -122,6 +124,7 @@ class SoftDirtyArmer(Unbounded):
         stopped: bool,
         within: U64 | None = None,
         beside: ThreadPoolExecutor | None = None,
+        others: Others = nobody,
     ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`; always with the target ``stopped``, and always
         everywhere: all bits are taken off, also those of pages that bounds would leave out, and
@@ -129,27 +132,29 @@ class SoftDirtyArmer(Unbounded):
         if not stopped:
             raise ValueError("soft-dirty bits are only read while the target is stopped")
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
-        mapped_since = self._compare_map(space)
-        own, dirty, self._moving, moved = *self._bits(), self._moving
-        unarmed = intersect(own, self._without_bits)
-        written = intersect(own, merge(dirty, mapped_since, moved, unarmed))
-        if again or not self._canaries_live(dirty):
-            written = own
+        mapped_since, before = self._compare_map(space), others()
+        own, dirty, away = self._bits()
+        moved, self._moving = self._moving, intersect(dirty, away)
+        again |= not self._canaries_live(dirty)
         self._clear()
+        if others() != before:  # then bits came and went in between
+            again, (own, _, self._moving) = True, self._bits()
+        unarmed = intersect(own, self._without_bits)
+        changed = merge(dirty, mapped_since, moved, unarmed)
         self._plant(space, subtract(own, unarmed))
         self._doubtful = False
-        return Scan(written, subtract(EVERYTHING, own), unarmed)
+        return Scan(own if again else intersect(own, changed), subtract(EVERYTHING, own), unarmed)
 
     def _bits(self) -> tuple[U64, U64, U64]:
-        """Own pages, those with the bit, and those of them that are not in place."""
+        """Own pages, those with the bit, and those that are not in place."""
         ranges, categories = self._scanner.scan(pagemap.OWN, report=SOFT_DIRTY | SWAPPED)
         dirty = categories & np.uint64(SOFT_DIRTY) != 0
-        swapped = dirty & (categories & np.uint64(SWAPPED) != 0)
+        away = categories & np.uint64(SWAPPED) != 0
         private = self._space.private
         return (
             intersect(merge(ranges), private),
             intersect(merge(ranges[dirty]), private),
-            intersect(merge(ranges[swapped]), private),
+            intersect(merge(ranges[away]), private),
         )
 
     def _clear(self) -> None:

@@ -26,7 +26,7 @@ from crtrace.linux.pagemap import EVERYTHING, Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Look, Scan
+from crtrace.track.armer import Look, Others, Scan, nobody
 from crtrace.track.windows import effort, joined, large, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
@@ -171,6 +171,7 @@ class UserfaultfdArmer:
         stopped: bool,
         within: U64 | None = None,
         beside: ThreadPoolExecutor | None = None,
+        others: Others = nobody,
     ) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)

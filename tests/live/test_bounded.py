@@ -19,11 +19,11 @@ from crtrace.track import loader, userfaultfd, windows
 from crtrace.track.bytecode import BpfMap
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
-from crtrace.track.loader import Loading
+from crtrace.track.loader import Loading, kernel_types
 from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn, armed_by, asked_of
 from tests.live.exactness import judged
-from tests.live.harness import flip_byte, maps
+from tests.live.harness import Target, flip_byte, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
 
 __all__ = ["machine"]
@@ -269,6 +269,32 @@ def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn
         assert marks.foreign_visits(space) == 0
         os.system(f"cat /proc/{process.pid}/smaps > /dev/null")
         assert marks.foreign_visits(space) > 0
+
+
+def test_what_a_target_writes_as_others_do_counts_as_theirs() -> None:
+    """The kernel asks for the pages first, and the data come later."""
+    if not kernel_types():
+        pytest.skip("cannot run here: the kernel has no BTF")
+    with (
+        Loading().result() as programs,
+        Target("ways", "--seed", 1, "--ring", 0) as target,
+        Process(Pid(target.pid)) as process,
+    ):
+        marks = WrittenPages(programs)
+        tgid = marks.add(process)
+        space, _ = marks.space_behind(partial(_look, process))
+        marks.live_in(space, tgid)
+
+        def visits(way: str) -> int:
+            before = marks.foreign_visits(space)
+            assert target.command(way) == "ok"
+            return marks.foreign_visits(space) - before
+
+        for way in ("threads", "read", "brk", "file_changed"):
+            # More than once: somebody may look at all processes just then.
+            assert min(visits(way) for _ in range(5)) == 0, way
+        for way in ("own_vm_writev", "forced"):
+            assert min(visits(way) for _ in range(5)) > 0, way
 
 
 @pytest.mark.usefixtures("userfaultfd")

@@ -20,6 +20,7 @@ from crtrace.track import bytecode
 from crtrace.track.bytecode import Bytecode, cache_key, keep, recall
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import (
+    LOCKS,
     RAW_TRACEPOINTS,
     TRACEPOINTS,
     Loading,
@@ -55,7 +56,8 @@ def test_bpf_compiles_without_warnings() -> None:
     assert (done.returncode, done.stderr) == (0, b"")
     programs = Bytecode.unpack(done.stdout).programs
     covering = len(kernel_types()) > 0
-    assert len(programs) == len(RAW_TRACEPOINTS) + len(TRACEPOINTS) + 1 + covering
+    locks = len(LOCKS) * bpf.has_tracepoint("mmap_lock", LOCKS[0])
+    assert len(programs) == len(RAW_TRACEPOINTS) + locks + len(TRACEPOINTS) + 1 + covering
     assert (bpf_sources() / "track.c").is_file()
 
 

@@ -182,26 +182,47 @@ def test_a_plain_visit_that_is_under_way_equals_nothing() -> None:
 
 def test_a_probe_that_marks_nothing_is_no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the layout of structs were that of another kernel."""
-    monkeypatch.setattr(loader, "recall", lambda key: None)
-    monkeypatch.setattr(loader, "keep", lambda key, code: None)
     types = loader.kernel_types()
     if not types:
         pytest.skip("cannot run here: the kernel has no BTF")
     wrong = ["-DVMA_MM_OFFSET=8", *types[1:]]
+    compile_with(f"loader.kernel_types = lambda: {wrong}", monkeypatch)
+    with Loading().result() as programs:
+        assert WrittenPages(programs).coverage is Coverage.FAULTS
+
+
+def compile_with(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let BPF programs be compiled anew, after a change in the compiler's process."""
     code = f"""
 import sys
 from crtrace.track import loader
-loader.kernel_types = lambda: {wrong}
+{change}
 sys.stdout.buffer.write(loader._compile().pack())
 """
+    command = [sys.executable, "-c", code]
+    monkeypatch.setattr(loader, "recall", lambda key: None)
+    monkeypatch.setattr(loader, "keep", lambda key, code: None)
     monkeypatch.setattr(
         loader, "_compiler",
-        lambda: subprocess.Popen(
-            [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        ),
+        lambda: subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE),
     )  # fmt: skip
-    with Loading().result() as programs:
-        assert WrittenPages(programs).coverage is Coverage.FAULTS
+
+
+def test_a_kernel_that_tells_of_no_visits_is_enough(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before Linux 5.11: everything is scanned, and maps are read, each time."""
+    compile_with("loader.bpf.has_tracepoint = lambda *names: False", monkeypatch)
+    target = spawn("layout")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        for command in ("write anon_written 0 8 5", "brk +4", "write anon_unwritten 0 8 6"):
+            target.obey(command)
+            judge.take()
+    for stats in judge.stats:
+        assert stats["bpf_coverage"] == "page faults, and nobody tells of visits by others"
+        assert stats["scans_bounded"] == 0
+    assert judge.stats[-1]["bpf_pages"] >= 8
 
 
 @pytest.mark.usefixtures("userfaultfd", "covering")

@@ -9,12 +9,14 @@ import pytest
 
 from crtrace.errors import FeatureMissing
 from crtrace.image.reader import Chain
-from crtrace.track.softdirty import try_on_ourselves
+from crtrace.track.dirty import WrittenPages
+from crtrace.track.softdirty import SoftDirtyArmer, try_on_ourselves
 from crtrace.units import PAGE_SIZE
 from tests.live.conftest import Spawn, armed_by
 from tests.live.exactness import judged, reader
 from tests.live.harness import flip_byte, layout_mismatches
 from tests.live.runner import run
+from tests.live.test_others import outside
 
 SOFT_DIRTY = {"CRTRACE_ARMER": "soft-dirty"}
 
@@ -103,3 +105,31 @@ def test_two_of_us_do_not_take_each_other_s_bits(spawn: Spawn, tmp_path: Path) -
         assert "another crtrace" in busy.stderr
         judge.take()
     run("dump", target.pid, "-o", tmp_path / "other", env=SOFT_DIRTY).expect(0)
+
+
+@pytest.mark.usefixtures("armer")
+@pytest.mark.parametrize("covering", [True, False], ids=["kprobes", "no kprobes"])
+@pytest.mark.parametrize("area", ["anon_written", "anon_unwritten"])
+def test_what_others_write_while_bits_are_taken_off_is_not_missed(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, area: str, covering: bool
+) -> None:
+    """Between reading the bits and taking them off nobody could see it in the bits."""
+    if not covering:
+        monkeypatch.setattr(WrittenPages, "_covers_others", lambda marks: False)
+    target, done = spawn("layout"), []
+    address = target.ask("areas")[area]["addr"]
+    clear = SoftDirtyArmer._clear
+
+    def written_before(armer: SoftDirtyArmer) -> None:
+        if len(done) == 0:
+            outside("writev", target, address + 2 * PAGE_SIZE, 2)
+        done.append(armer)
+        clear(armer)
+
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        judge.take()
+        monkeypatch.setattr(SoftDirtyArmer, "_clear", written_before)
+        judge.take()
+        assert len(done) > 0
+        judge.take()

@@ -43,6 +43,7 @@ class Options:
     """What the command line asks for."""
 
     kernels: list[str]
+    """Of the list, or the host."""
     size: Size
     cache: Path
     mirror: str | None
@@ -120,8 +121,7 @@ def command_test(options: Options) -> int:
 
 
 def command_matrix(options: Options) -> int:
-    places = [*options.kernels, HOST]
-    outcomes = [row for where in places for row in run_matrix(where, options)]
+    outcomes = [row for where in options.kernels for row in run_matrix(where, options)]
     print(table(outcomes), end="")
     return int(any(outcome.failed for outcome in outcomes))
 
@@ -149,8 +149,8 @@ def parser() -> argparse.ArgumentParser:
     running = argparse.ArgumentParser(add_help=False, parents=[making])
     running.add_argument("--cpus", type=int, metavar="N")
     running.add_argument("--memory", type=int, metavar="MIB")
-    running.add_argument("--kernel", choices=KNOWN, action="append",
-                         help=f"{KNOWN[0]} otherwise; matrix: all")  # fmt: skip
+    running.add_argument("--kernel", choices=[*KNOWN, HOST], action="append",
+                         help=f"{KNOWN[0]} otherwise; matrix: all, and {HOST}")  # fmt: skip
     testing = argparse.ArgumentParser(add_help=False, parents=[running])
     testing.add_argument("--results", type=Path, metavar="DIR",
                          help="where reports go, in the cache otherwise")  # fmt: skip
@@ -176,9 +176,9 @@ def parse(arguments: Sequence[str]) -> tuple[str, Options]:
     found = parser().parse_args(arguments[:dashes])
     if found.command == "run" and not words:
         parser().error("what is to be run? scripts/vm run [options] -- COMMAND...")
-    kernels = found.kernel or (KNOWN if found.command == "matrix" else KNOWN[:1])
-    if found.command != "matrix" and len(kernels) > 1:
-        parser().error("only matrix takes more than one --kernel")
+    kernels = found.kernel or ([*KNOWN, HOST] if found.command == "matrix" else KNOWN[:1])
+    if found.command != "matrix" and (len(kernels) > 1 or HOST in kernels):
+        parser().error(f"only matrix takes more than one --kernel, or {HOST}")
     cache = found.cache.absolute()
     results = (found.results or cache / "results").absolute()
     size = Size(found.cpus, found.memory)

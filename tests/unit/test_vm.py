@@ -32,8 +32,9 @@ def test_all_after_the_dashes_belongs_to_the_command() -> None:
 
 def test_the_first_kernel_is_the_default_and_the_matrix_has_all() -> None:
     assert vm.parse(["test"])[1].kernels == [vm_image.KERNELS[0].version]
-    assert vm.parse(["matrix"])[1].kernels == [kernel.version for kernel in vm_image.KERNELS]
-    assert vm.parse(["matrix", "--kernel", "6.1"])[1].kernels == ["6.1"]
+    everywhere = [*(kernel.version for kernel in vm_image.KERNELS), "host"]
+    assert vm.parse(["matrix"])[1].kernels == everywhere
+    assert vm.parse(["matrix", "--kernel", "host"])[1].kernels == ["host"]
 
 
 def test_directories_do_not_depend_on_where_they_are_used(
@@ -52,6 +53,7 @@ def test_directories_do_not_depend_on_where_they_are_used(
         ["run", "--"],
         ["run", "--kernel", "2.4", "--", "true"],
         ["test", "--kernel", "6.1", "--kernel", "6.12"],
+        ["run", "--kernel", "host", "--", "true"],
         ["box", "--kernel", "6.1"],
         ["test", "tests/unit"],
     ],
@@ -315,7 +317,8 @@ def test_a_machine_that_fails_does_not_end_the_others(
 
     monkeypatch.setattr(vm, "in_guest", fail)
     monkeypatch.setattr(vm, "SCRIPT", 'mkdir "$CRTRACE_RESULTS/compare"; exit 3')
-    options = vm.parse(["matrix", "--kernel", "6.1", "--cache", str(tmp_path)])[1]
+    kernels = ["--kernel", "6.1", "--kernel", "host"]
+    options = vm.parse(["matrix", *kernels, "--cache", str(tmp_path)])[1]
     assert vm.command_matrix(options) == 1
     printed = capfd.readouterr().out
     assert "| Debian bookworm in a VM | none |  | 0 | 0 | 1 |" in printed

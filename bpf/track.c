@@ -5,13 +5,20 @@
  * After the controller has armed a page, its next write faults, and the page-fault tracepoints see
  * that. Only tracepoint arguments and helpers are used, no kernel struct of the headers, so those of
  * any version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES, the sizes of the maps;
- * WITHOUT_LOCKS where the mmap lock has no tracepoints; and from the running kernel's BTF, where it
- * has that, VMA_MM_OFFSET (of vm_mm in struct vm_area_struct) and LOCK_WRITE_ARG (which argument of
- * these tracepoints tells that the lock is held for writing).
+ * OLD_KERNEL before Linux 5.12; and from the running kernel's BTF, where it has that, VMA_MM_OFFSET
+ * (of vm_mm in struct vm_area_struct) and LOCK_WRITE_ARG (which argument of the tracepoints of the
+ * mmap lock tells that it is held for writing).
  */
 #include <uapi/linux/ptrace.h>
 
 #include "track.h"
+
+#ifdef OLD_KERNEL
+/* It has no atomic "or", so another CPU's mark may get lost. Nothing goes by the marks there. */
+#define SET_BIT(word, bit) (*(word) |= (bit))
+#else
+#define SET_BIT(word, bit) __sync_fetch_and_or(word, bit)
+#endif
 
 #ifndef LOCK_WRITE_ARG
 #define LOCK_WRITE_ARG 1
@@ -90,7 +97,7 @@ static __always_inline bool mark(u32 number, u64 address)
 	u64 *word = &bits->word[(page >> 6) & (REGION_WORDS - 1)];
 
 	if (!(*word & bit))
-		__sync_fetch_and_or(word, bit);
+		SET_BIT(word, bit);
 	return true;
 }
 
@@ -248,7 +255,7 @@ static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space,
 }
 #endif
 
-#ifndef WITHOUT_LOCKS
+#ifndef OLD_KERNEL /* it has no such tracepoints */
 /*
  * Whether the lock is taken, or was, to change the address space. It can be had for reading by
  * whoever holds it for writing: then it is let go as one for reading, too.

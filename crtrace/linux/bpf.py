@@ -156,14 +156,6 @@ def runs(program: int) -> Runs:
     return Runs(*struct.unpack_from("<QQQ", info, _RUN_TIME))
 
 
-def has_tracepoint(category: str, name: str) -> bool:
-    """Whether the kernel has it, where tracefs is mounted."""
-    try:
-        return _tracepoint_number(category, name) > 0
-    except FileNotFoundError:
-        return False
-
-
 def _tracepoint_number(category: str, name: str) -> int:
     for folder in _TRACEFS:
         with suppress(FileNotFoundError):

@@ -49,11 +49,12 @@ MAPS = (
 )  # fmt: skip
 RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel", "mm_vmscan_lru_shrink_inactive")
 LOCKS = ("mmap_lock_acquire_returned", "mmap_lock_released")
-"""Raw tracepoints, too, which Linux has since 5.11."""
+"""Raw tracepoints, too, of the mmap lock."""
 TRACEPOINTS = (
     ("task", "task_newtask"), ("sched", "sched_process_exec"), ("sched", "sched_process_exit"),
 )  # fmt: skip
-WITHOUT_LOCKS = "-DWITHOUT_LOCKS"
+OLD_KERNEL = "-DOLD_KERNEL"
+"""Before Linux 5.11 there are no tracepoints of the mmap lock, before 5.12 no atomic "or"."""
 RESOLVER = "resolve"
 COVERING, COVERED = "fault_of_anybody", "handle_mm_fault"
 """The program that marks what others write, and the kernel's function at which it runs."""
@@ -264,10 +265,10 @@ def _compile() -> Bytecode:
         raise SystemExit("no kernel headers found for BCC: run scripts/setup")
     if headers.path:
         os.environ["BCC_KERNEL_SOURCE"] = headers.path
-    types, locks = kernel_types(), bpf.has_tracepoint("mmap_lock", LOCKS[0])
-    for known in (types, types[1:]):
+    types = kernel_types()
+    for known in (types, types[1:], [OLD_KERNEL]):
         try:
-            return _compiled_with(known if locks else [WITHOUT_LOCKS], headers.source)
+            return _compiled_with(known, headers.source)
         except Exception as error:  # BCC raises nothing more special
             failure = error  # where the kernel lets nobody read its memory, for one
     raise failure
@@ -319,7 +320,7 @@ def _map(name: str, table: Any) -> BpfMap:
 
 
 def _programs(program: Any, fds: list[int], known: list[str]) -> list[BpfProgram]:
-    raw = RAW_TRACEPOINTS if WITHOUT_LOCKS in known else RAW_TRACEPOINTS + LOCKS
+    raw = RAW_TRACEPOINTS if OLD_KERNEL in known else RAW_TRACEPOINTS + LOCKS
     kinds = {
         **{f"tracepoint__{category}__{each}": bpf.TRACEPOINT for category, each in TRACEPOINTS},
         **{f"raw_tracepoint__{each}": bpf.RAW_TRACEPOINT for each in raw},

@@ -9,7 +9,7 @@ import pytest
 
 from crtrace.errors import FeatureMissing
 from crtrace.image.reader import Chain
-from crtrace.track.dirty import WrittenPages
+from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.track.softdirty import SoftDirtyArmer, try_on_ourselves
 from crtrace.units import PAGE_SIZE
 from tests.live.conftest import Spawn, armed_by
@@ -128,6 +128,8 @@ def test_what_others_write_while_bits_are_taken_off_is_not_missed(
 
     with judged(target.pid, tmp_path / "chain") as judge:
         judge.take()
+        if judge.stats[0]["bpf_coverage"] == Coverage.ALONE:
+            pytest.skip("cannot run here: nobody tells of visits by others (before Linux 5.12)")
         judge.take()
         monkeypatch.setattr(SoftDirtyArmer, "_clear", written_before)
         judge.take()

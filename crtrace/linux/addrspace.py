@@ -74,6 +74,10 @@ class AddressSpace:
             self._kinds[name] = merge(self.ranges(wanted))
         return self._kinds[name]
 
+    def resident(self) -> int:
+        """About how many pages it has in memory, as of now; the kernel has them counted."""
+        return int(self._process.read("statm").split()[1])
+
     def empty(self) -> U64:
         """The page ranges of the VMAs without a page in memory or swapped out, as of now.
 

@@ -20,7 +20,16 @@ from crtrace.errors import TargetGone
 from crtrace.faults import point
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.libc import ioctl
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, intersect, merge, no_pages, subtract
+from crtrace.units import (
+    PAGE_SHIFT,
+    PAGE_SIZE,
+    U64,
+    count_pages,
+    intersect,
+    merge,
+    no_pages,
+    subtract,
+)
 
 WPALLOWED, WRITTEN, FILE, PRESENT, SWAPPED, PFNZERO = (1 << bit for bit in range(6))
 SOFT_DIRTY, GUARD = 1 << 7, 1 << 8
@@ -160,13 +169,17 @@ _IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61), (GUARD, 58), (SOFT_DIRTY, 
 _FRAME, _IN_PLACE = np.uint64((1 << 55) - 1), np.uint64(1 << 63)
 _BLOCK = 1 << 18
 """Pages looked at in one step: 1 GiB of them, described by 2 MiB."""
+_SPARSE = 32
+"""Mapped pages for one in memory from which on it is quicker to ask ``smaps`` what is empty. That
+takes 43 ms for a GiB in memory, and to pass an empty one 1.1 ms (medians of 9, Linux 6.18)."""
 
 
 class PlainScanner:
     """Reads the words of ``/proc/PID/pagemap``: all but WPALLOWED and WRITTEN, of the VMAs in
     ``space`` as last refreshed. Of a whole GiB that is empty, no soft-dirty bit is told.
 
-    Larger VMAs are passed over if ``smaps`` says that they are empty; else a TiB takes a second.
+    Where there are far more than in memory, larger VMAs are passed over if ``smaps`` says that they
+    are empty; else a TiB takes a second.
     Without CAP_SYS_ADMIN the zero page is not told from others: contents that are zeros.
     """
 
@@ -183,8 +196,9 @@ class PlainScanner:
             raise ValueError("pagemap does not tell that")
         mapped = self._space.mapped if within is None else intersect(self._space.mapped, within)
         found = [(no_pages(), np.empty(0, dtype=np.uint64))]
+        large = mapped[mapped[:, 1] - mapped[:, 0] > _BLOCK]
         empty = no_pages()
-        if (mapped[:, 1] - mapped[:, 0] > _BLOCK).any():
+        if count_pages(large) > _SPARSE * self._space.resident():
             empty = intersect(mapped, self._space.empty())
         blank = [empty]
         for first, last in subtract(mapped, empty).tolist():

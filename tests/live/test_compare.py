@@ -3,6 +3,7 @@ words of pagemap say the same."""
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pagemap import Filter, KernelScanner, PlainScanner, Scanner
 from crtrace.linux.procfs import Process
 from crtrace.track.choose import choose
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Pid, count_pages, merge, subtract
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Pid, count_pages, merge, no_pages, subtract
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged, reader
 from tests.live.harness import Target, compile_target, layout_mismatches, stopped
@@ -90,6 +91,28 @@ def test_a_page_in_the_middle_of_a_huge_mapping_is_found(spawn: Spawn) -> None:
         found, _ = plain.scan(pagemap.OWN, around.pages)
     (pages,) = merge(found).tolist()
     assert pages[0] <= at >> PAGE_SHIFT < (at >> PAGE_SHIFT) + 2 <= pages[1] <= pages[0] + 1024
+
+
+@pytest.mark.parametrize(("resident", "asked"), [(64 << 20, 0), (0, 1)], ids=["dense", "sparse"])
+def test_the_kernel_is_asked_what_is_empty_only_where_little_is_there(
+    monkeypatch: pytest.MonkeyPatch, resident: int, asked: int
+) -> None:
+    """That takes it time in proportion to what is there, in the pause."""
+    questions = []
+
+    def empty(space: AddressSpace) -> U64:
+        questions.append(space)
+        return no_pages()
+
+    monkeypatch.setattr(AddressSpace, "empty", empty)
+    monkeypatch.setattr(AddressSpace, "resident", lambda _: resident // PAGE_SIZE)
+    memory = mmap.mmap(-1, 3 << 29, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with Process(Pid(os.getpid())) as process, open("/proc/self/pagemap", "rb") as file:
+        space = AddressSpace(process)
+        space.refresh()
+        PlainScanner(file.fileno(), space).scan(pagemap.OWN)
+    assert len(questions) == asked
+    memory.close()
 
 
 @pytest.mark.parametrize("lacking", ["userfaultfd", "pagemap_scan"])

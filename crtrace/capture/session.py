@@ -283,18 +283,11 @@ class Session:
         if not self._must_stand_still():
             yield False
             return
-        stopped = StoppedTree(self._tree)
-        with signals_held(), _no_garbage_collection():
-            try:
-                stopped.get_ready()
-                began = time.monotonic()
-                stopped.stop()
-                for target in self._tree.targets():
-                    target.refresh(self._tree.tgids(target))
-                yield True
-                work.stood_still(time.monotonic() - began)
-            finally:
-                work.waits_given_back += stopped.release()
+        with self._all_stopped(work) as stopped:
+            for target in self._tree.targets():
+                target.refresh(self._tree.tgids(target))
+            yield True
+            work.stood_still(time.monotonic() - stopped.stopping_at)
 
     def _must_stand_still(self) -> bool:
         return any(target.armer.stands_still for target in self._tree.targets())
@@ -384,23 +377,28 @@ class Session:
 
     # ---- while they are stopped ----------------------------------------------------------------
 
-    def _pause(self, work: Work, image: ImageWriter, objects: list[MappedObject]) -> list[Snapshot]:
-        """Stop, scan, copy the residual, take the registers, go."""
+    @contextmanager
+    def _all_stopped(self, work: Work) -> Iterator[StoppedTree]:
+        """Nobody runs in here; signals to us wait, and garbage is not collected."""
         stopped = StoppedTree(self._tree)
         with signals_held(), _no_garbage_collection():
             try:
                 stopped.get_ready()
-                work.stopping_at = time.monotonic()
                 stopped.stop()
-                work.stopped_at = time.monotonic()
-                snapshots = self._capture(work, stopped, objects)
-                work.captured_at = time.monotonic()
-                if self._witness:
-                    self._witness(self.processes)
-                work.resuming_at = time.monotonic()
+                yield stopped
             finally:
                 work.waits_given_back += stopped.release()
-                work.resumed_at = time.monotonic()
+
+    def _pause(self, work: Work, image: ImageWriter, objects: list[MappedObject]) -> list[Snapshot]:
+        """Stop, scan, copy the residual, take the registers, go."""
+        with self._all_stopped(work) as stopped:
+            work.stopping_at, work.stopped_at = stopped.stopping_at, time.monotonic()
+            snapshots = self._capture(work, stopped, objects)
+            work.captured_at = time.monotonic()
+            if self._witness:
+                self._witness(self.processes)
+            work.resuming_at = time.monotonic()
+        work.resumed_at = stopped.resumed_at
         for target in self._tree.targets():
             if target.fresh and work.parts[target.space].rounds == 1:
                 self._inherit(image, target)

@@ -317,6 +317,7 @@ class StoppedTree:
         self._held: dict[Member, StoppedProcess] = {}
         self._strangers: dict[Pid, StoppedProcess] = {}
         self._deadline = 0.0
+        self.stopping_at = self.resumed_at = 0.0
         self._reaper = ExitStack()
         for member in tree.members:
             with suppress(TargetGone):
@@ -334,7 +335,8 @@ class StoppedTree:
         Processes that share an address space are stopped last: the parent of a ``vfork`` only stops
         when its child has gone on.
         """
-        self._deadline = time.monotonic() + PATIENCE
+        self.stopping_at = time.monotonic()
+        self._deadline = self.stopping_at + PATIENCE
         with self._reaper:
             for sharing in (False, True):
                 group = [held for member, held in self._held.items() if member.sharing == sharing]
@@ -369,4 +371,5 @@ class StoppedTree:
         """Let them all go; how many waits were given back."""
         release_all(self._every)
         self._reaper.close()
+        self.resumed_at = time.monotonic()
         return sum(held.waits_given_back for held in self._every)

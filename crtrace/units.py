@@ -68,20 +68,31 @@ def to_ranges(pages: U64) -> U64:
     breaks = np.flatnonzero(np.diff(pages) != 1)
     starts = pages[np.concatenate(([0], breaks + 1))]
     ends = pages[np.concatenate((breaks, [len(pages) - 1]))] + np.uint64(1)
-    return np.stack((starts, ends), axis=1)
+    return _pairs(starts, ends)
 
 
 def merge(*arrays: U64) -> U64:
-    """The union of ranges that may overlap and come in any order."""
-    every = np.concatenate(arrays) if arrays else no_pages()
-    if not len(every):
+    """The union of ranges that may overlap and come in any order. It may be one of ``arrays``."""
+    some = [array for array in arrays if len(array)]
+    if not some:
         return no_pages()
-    every = every[np.argsort(every[:, 0], kind="stable")]
+    every = some[0] if len(some) == 1 else np.concatenate(some)
+    if (every[1:, 0] > every[:-1, 1]).all():
+        return every
+    every = every[every[:, 0].argsort(kind="stable")]
     reach = np.maximum.accumulate(every[:, 1])
-    first = np.concatenate(([True], every[1:, 0] > reach[:-1]))
-    starts = every[first, 0]
-    ends = reach[np.concatenate((np.flatnonzero(first)[1:] - 1, [len(every) - 1]))]
-    return np.stack((starts, ends), axis=1)
+    first = np.ones(len(every), dtype=np.bool_)
+    np.greater(every[1:, 0], reach[:-1], out=first[1:])
+    last = np.ones_like(first)
+    last[:-1] = first[1:]
+    return _pairs(every[first, 0], reach[last])
+
+
+def _pairs(starts: U64, ends: U64) -> U64:
+    """As ``np.stack`` does it, which takes three times as long for a few."""
+    ranges = np.empty((len(starts), 2), dtype=np.uint64)
+    ranges[:, 0], ranges[:, 1] = starts, ends
+    return ranges
 
 
 def contains(ranges: U64, pages: U64) -> Bools:
@@ -97,15 +108,12 @@ def intersect(a: U64, b: U64) -> U64:
     """The pages that are in both range arrays."""
     if not len(a) or not len(b):
         return no_pages()
-    first = np.searchsorted(b[:, 1], a[:, 0], side="right")
-    last = np.searchsorted(b[:, 0], a[:, 1], side="left")
+    first = b[:, 1].searchsorted(a[:, 0], side="right")
+    last = b[:, 0].searchsorted(a[:, 1], side="left")
     hits = np.maximum(last - first, 0)
-    left = np.repeat(np.arange(len(a)), hits)
-    offset = np.arange(len(left)) - np.repeat(np.cumsum(hits) - hits, hits)
-    right = np.repeat(first, hits) + offset
-    starts = np.maximum(a[left, 0], b[right, 0])
-    ends = np.minimum(a[left, 1], b[right, 1])
-    return np.stack((starts, ends), axis=1)
+    left = np.arange(len(a)).repeat(hits)
+    right = np.arange(len(left)) + (first - hits.cumsum() + hits)[left]
+    return _pairs(np.maximum(a[left, 0], b[right, 0]), np.minimum(a[left, 1], b[right, 1]))
 
 
 def subtract(a: U64, b: U64) -> U64:

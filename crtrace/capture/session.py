@@ -25,8 +25,8 @@ from crtrace.errors import TargetBusy, TargetGone
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
+from crtrace.linux.addrspace import EVERYTHING
 from crtrace.linux.events import open_accounting
-from crtrace.linux.pagemap import EVERYTHING
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.track.armer import Scan
@@ -400,7 +400,9 @@ class Session:
             work.resuming_at = time.monotonic()
         work.resumed_at = stopped.resumed_at
         for target in self._tree.targets():
-            if target.fresh and work.parts[target.space].rounds == 1:
+            part = work.parts[target.space]
+            part.gone = subtract(part.gone, target.map.vdso)
+            if target.fresh and part.rounds == 1:
                 self._inherit(image, target)
         work.overflowed = self._pipeline.release()
         return snapshots
@@ -442,12 +444,11 @@ class Session:
     def _scan(self, work: Work, target: Target, part: Part) -> None:
         scan, again = self._found(target, part, stopped=True)
         part.bounded = scan.bounded
-        vdso = target.map.vdso
-        part.gone = subtract(scan.gone, vdso)
-        again = merge(scan.written, again, target.pinned(part.scanned))
+        part.gone = scan.gone
+        again = merge(scan.written, again, target.pinned(lambda: part.scanned))
         residual = subtract(again, part.gone)
         if part.whole and not part.rounds:
-            residual = merge(residual, vdso)
+            residual = merge(residual, target.map.vdso)
         work.residual += self._copy(target, part, residual, lambda pages: None)
 
     def _count(self, work: Work) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -216,13 +217,13 @@ class Target:
     def _has_aio(self) -> bool:
         return any(vma.name.startswith("/[aio]") for vma in self.map.vmas)
 
-    def pinned(self, scanned: U64) -> U64:
+    def pinned(self, scanned: Callable[[], U64]) -> U64:
         """Pages to read whatever the scan says; while it is stopped. ``scanned``: what was found
         written for this epoch, and armed again, perhaps before a direct read into it ended."""
         if self.compared:
             return no_pages()
         fixed = self.pins.ranges(self.process)
-        return merge(fixed, self.recent, scanned if self.pins.direct else no_pages())
+        return merge(fixed, self.recent, scanned() if self.pins.direct else no_pages())
 
 
 def _landmark(process: Process) -> tuple[int, int]:

@@ -30,9 +30,6 @@ class Part:
     fresh: bool = False
     """It is the first epoch of this address space."""
     rounds: int = 0
-    scanned: U64 = field(default_factory=no_pages)
-    """Everything found written since the last committed epoch."""
-    precopied: U64 = field(default_factory=no_pages)
     gone: U64 = field(default_factory=no_pages)
     marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Written page numbers as BPF saw them."""
@@ -45,9 +42,21 @@ class Part:
     late: int = 0
     """Pages that turned out afterwards to have changed without that."""
     failed: Failures = field(default_factory=list)
+    _scanned: list[U64] = field(default_factory=list)
+    """As the scans had it: the pause has no time to join it."""
+    _copied: list[U64] = field(default_factory=list)
 
-    def __post_init__(self) -> None:
-        self.scanned = self.carried
+    @property
+    def scanned(self) -> U64:
+        """Everything found written since the last committed epoch."""
+        self._scanned = [merge(self.carried, *self._scanned)]
+        return self._scanned[0]
+
+    @property
+    def precopied(self) -> U64:
+        """Everything that was copied."""
+        self._copied = [merge(*self._copied)]
+        return self._copied[0]
 
     def found(self, written: U64, unarmed: U64) -> U64:
         """A scan reported these pages written, and has armed them again but for ``unarmed``.
@@ -58,7 +67,7 @@ class Part:
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
         carried = no_pages() if self.rounds else self.carried
         again = merge(carried, to_ranges(failed), self.suspect)
-        self.scanned = merge(self.scanned, written)
+        self._scanned.append(written)
         self.suspect = subtract(written, unarmed)
         self.unarmed = unarmed
         return again
@@ -69,7 +78,7 @@ class Part:
 
     def copied(self, ranges: U64, copied: Copied) -> None:
         """Pages were copied; those that failed before were among them."""
-        self.precopied = merge(self.precopied, ranges)
+        self._copied.append(ranges)
         self.failed = copied.unreadable
         self.rounds += 1
 

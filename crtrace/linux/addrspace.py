@@ -8,7 +8,12 @@ from collections.abc import Callable
 import numpy as np
 
 from crtrace.linux.procfs import WRITE, Process, Vma, empty_vmas, parse_maps
-from crtrace.units import U64, merge, no_pages
+from crtrace.units import PAGE_SHIFT, U64, merge, no_pages, subtract
+
+TASK_END = 0x7FFF_FFFF_F000
+"""End of the user half of the address space with 4-level page tables, less its guard page."""
+EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
+"""All pages that a process could have: a range array."""
 
 
 class AddressSpace:
@@ -43,6 +48,13 @@ class AddressSpace:
     def mapped(self) -> U64:
         """The page ranges of all VMAs, joined."""
         return self._kind("mapped", lambda vma: True)
+
+    @property
+    def not_private(self) -> U64:
+        """The page ranges where no private memory is, mapped or not."""
+        if "not private" not in self._kinds:
+            self._kinds["not private"] = subtract(EVERYTHING, self.private)
+        return self._kinds["not private"]
 
     @property
     def private(self) -> U64:

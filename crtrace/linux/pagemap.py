@@ -18,7 +18,7 @@ import numpy as np
 
 from crtrace.errors import TargetGone
 from crtrace.faults import point
-from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.libc import ioctl
 from crtrace.units import (
     PAGE_SHIFT,
@@ -43,8 +43,6 @@ WP_MATCHING = 1
 _ARG = struct.Struct("<12Q")
 _PAGEMAP_SCAN = 0xC0606610
 _VECTOR = 8192
-TASK_END = 0x7FFF_FFFF_F000
-"""End of the user half of the address space with 4-level page tables, less its guard page."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +64,6 @@ NOTHING_THERE = Filter(inverted=PRESENT, any_of=PRESENT | PFNZERO)
 
 OWN = Filter(exclude=FILE | PFNZERO | GUARD)
 """Pages with contents of their own. The kernel takes ten times as long for these, see above."""
-
-
-EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
-"""All pages that a process could have: a range array."""
 
 
 class Scanner(Protocol):

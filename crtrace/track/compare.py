@@ -10,8 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 from crtrace.linux import pagemap
-from crtrace.linux.addrspace import AddressSpace
-from crtrace.linux.pagemap import EVERYTHING
+from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Others, Scan, Unbounded, nobody

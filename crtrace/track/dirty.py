@@ -21,7 +21,7 @@ from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.loader import KEY, Programs
-from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, merge
+from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, distinct, to_ranges
 
 log = logging.getLogger("crtrace")
 
@@ -325,8 +325,8 @@ class WrittenPages:
         self._heard.append(self._ring.take())
         keys = np.concatenate([*self._heard, *(self._heard_before if before else ())])
         ours = np.logical_or.reduce([keys["tgid"] == tgid for tgid in tgids])
-        first = keys["region"][ours] * np.uint64(REGION_PAGES)
-        return merge(np.stack((first, first + np.uint64(REGION_PAGES)), axis=1))
+        regions: U64 = to_ranges(distinct(keys["region"][ours])) * np.uint64(REGION_PAGES)
+        return regions
 
     def switch(self) -> None:
         """Send marks to the other map from now on."""

@@ -22,8 +22,8 @@ import numpy as np
 from crtrace.errors import FeatureMissing, TargetBusy, TargetGone
 from crtrace.faults import point
 from crtrace.linux import pagemap
-from crtrace.linux.addrspace import AddressSpace, open_mapped
-from crtrace.linux.pagemap import EVERYTHING, SOFT_DIRTY, SWAPPED, Filter, Scanner
+from crtrace.linux.addrspace import EVERYTHING, AddressSpace, open_mapped
+from crtrace.linux.pagemap import SOFT_DIRTY, SWAPPED, Filter, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Others, Scan, Unbounded, nobody

@@ -22,7 +22,7 @@ from crtrace.linux import pagemap, uffd
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
 from crtrace.linux.libc import syscall
-from crtrace.linux.pagemap import EVERYTHING, Filter, KernelScanner
+from crtrace.linux.pagemap import Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
@@ -182,10 +182,9 @@ class UserfaultfdArmer:
             self._clear_marks(space, stopped)
         written, absent, markers = self._look_through(space, windows, beside)
         of_files = self._of_files(space)
-        mapped = space.private
-        gone = merge(subtract(EVERYTHING, mapped), absent, of_files)
+        gone = merge(space.not_private, absent, of_files)
         if windows is None and not stopped:
-            present = count_pages(subtract(mapped, absent))
+            present = count_pages(subtract(space.private, absent))
             self._effort = effort(present, len(space.vmas))
         found = merge(subtract(written, of_files), fresh, markers)
         self._doubtful = False
@@ -331,9 +330,8 @@ class UserfaultfdArmer:
         To ask of every page whether it is its file's takes ten times as long as the scan itself, so
         only where files are mapped it is asked.
         """
-        files = space.private_files
-        own, _ = self._scanner.scan(pagemap.OWN, joined(files, SMALL_GAP))
-        return subtract(files, merge(own))
+        own, _ = self._scanner.scan(pagemap.OWN, joined(space.private_files, SMALL_GAP))
+        return subtract(space.private_files, merge(own))
 
     def close(self) -> None:
         """Lift every protection by closing the userfaultfd."""

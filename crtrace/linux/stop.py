@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -317,8 +318,12 @@ def _pause_a_little(tids: list[Pid], spins: int, deadline: float) -> int:
 
 
 def _does_not_stop(tid: Pid) -> TargetBusy:
+    function = ""
+    with suppress(OSError):  # where the kernel tells, it is worth knowing
+        function = Path(f"/proc/{tid}/wchan").read_text().strip("0")
+    where = f" ({function})" if function else ""
     return TargetBusy(
-        f"thread {tid} does not stop: it waits where the kernel cannot interrupt it",
+        f"thread {tid} does not stop: it waits where the kernel cannot interrupt it{where}",
         hint="a vfork parent or a thread in state D; try again when that wait is over",
     )
 

@@ -348,7 +348,7 @@ def test_a_process_in_a_vfork_is_busy_at_first(spawn: Spawn, tmp_path: Path) -> 
     target.obey("go")
     before = Untouched(target.pid)
     result = run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1)
-    result.expect(13, f"thread {target.pid} does not stop", "vfork")
+    result.expect(13, f"thread {target.pid} does not stop", "kernel_clone", "vfork")
     before.assert_same()
     target.obey("go")
     run("watch", target.pid, "-o", tmp_path / "chain", "--count", 1).expect(0)

@@ -61,6 +61,8 @@ class PageIndex:
         self._number = number
         self._rows = 0
         self._fences = self._check()
+        self._kept: dict[int, tuple[int, U64]] = {}
+        """By column, the block that was searched last, and its first row: pages come in order."""
 
     def __len__(self) -> int:
         """Rows."""
@@ -122,12 +124,20 @@ class PageIndex:
         data = self._image.span(self._number, base + start * size, (end - start) * size)
         return np.frombuffer(data, dtype="<u8")
 
+    def _block(self, column: int, start: int) -> U64:
+        """``FENCE_ROWS`` rows of a column, from ``start`` on; the last block may have fewer."""
+        kept = self._kept.get(column)
+        if kept is None or kept[0] != start:
+            kept = start, self._column(column, start, min(start + FENCE_ROWS, self._rows))
+            self._kept[column] = kept
+        return kept[1]
+
     def find(self, pages: U64) -> tuple[Bools, U64, U64]:
         """Which of ``pages`` (ascending) have a row; place and row number of those that do."""
         if not len(pages) or not self._rows:
             none = np.empty(0, dtype=np.uint64)
             return np.zeros(len(pages), dtype=np.bool_), none, none
-        ends = np.searchsorted(self._fences, pages[[0, -1]], side="right")
+        ends = self._fences.searchsorted(pages[[0, -1]], side="right")
         start = max(int(ends[0]) - 1, 0) * FENCE_ROWS
         end = min(int(ends[1]) * FENCE_ROWS, self._rows)
         if end - start > MAX_ROWS and len(pages) > 1:
@@ -141,15 +151,19 @@ class PageIndex:
         return found, places, rows
 
     def _find_between(self, pages: U64, start: int, end: int) -> tuple[Bools, U64, U64]:
-        have = self._column(0, start, end)
-        at = np.searchsorted(have, pages)
+        one = end - start <= FENCE_ROWS
+        have = self._block(0, start) if one else self._column(0, start, end)
+        at = have.searchsorted(pages)
         found = at < len(have)
         found[found] = have[at[found]] == pages[found]
         at = at[found]
         if not len(at):
             none = np.empty(0, dtype=np.uint64)
             return found, none, none
-        places = self._column(1, start + int(at[0]), start + int(at[-1]) + 1)[at - at[0]]
+        if one:
+            places = self._block(1, start)[at]
+        else:
+            places = self._column(1, start + int(at[0]), start + int(at[-1]) + 1)[at - at[0]]
         self._check_kinds(places)
         return found, places, at.astype(np.uint64) + np.uint64(start)
 
@@ -186,16 +200,17 @@ class PageIndex:
     def at_or_after(self, page: int) -> int:
         """The first page with a row that is not below ``page``; ``PAGE_LIMIT`` for none."""
         row = self._row_of(page)
-        return int(self._column(0, row, row + 1)[0]) if row < self._rows else PAGE_LIMIT
+        if row == self._rows:
+            return PAGE_LIMIT
+        return int(self._block(0, row - row % FENCE_ROWS)[row % FENCE_ROWS])
 
     def _row_of(self, page: int) -> int:
         """The number of rows with pages below ``page``."""
-        block = int(np.searchsorted(self._fences, np.uint64(page), side="left")) - 1
+        block = int(self._fences.searchsorted(np.uint64(page), side="left")) - 1
         if block < 0:
             return 0
         start = block * FENCE_ROWS
-        have = self._column(0, start, min(start + FENCE_ROWS, self._rows))
-        return start + int(np.searchsorted(have, np.uint64(page)))
+        return start + int(self._block(0, start).searchsorted(np.uint64(page)))
 
 
 class SummaryPart(PageIndex):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from crtrace.errors import CrtraceError, ImageDamaged, UsageError
 from crtrace.image.filepool import OPEN_FILES
+from crtrace.image.pageindex import FENCE_ROWS, PageIndex
 from crtrace.image.reader import Chain
 from crtrace.image.records import Arch, Task
 from crtrace.image.resolve import Source
@@ -280,23 +282,43 @@ def test_an_open_index_takes_next_to_nothing(tmp_path: Path) -> None:
     assert large[1] - small[1] < 256 << 10
 
 
-def test_a_search_for_pages_far_apart_reads_little(
-    large: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def index(large: Path) -> Iterator[PageIndex]:
+    """That of a large image."""
     with Chain.open(large) as chain:
-        image = chain.epoch().image
-        index = image.page_index(SPACE)
-        assert index
-        read: list[int] = []
-        real = image.span
-        monkeypatch.setattr(
-            image, "span", lambda *args: (read.append(args[2]), real(*args))[1], raising=False
-        )
-        asked = numbers([3, 3 * 140_000, 3 * 279_999])
-        found, _, rows = index.find(asked)
-        assert found.all()
-        assert rows.tolist() == [1, 140_000, 279_999]
-        assert len(index.hashes(rows)) == 3
+        found = chain.epoch().image.page_index(SPACE)
+        assert found
+        yield found
+
+
+@pytest.fixture
+def read(index: PageIndex, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many bytes each read of the index took."""
+    sizes: list[int] = []
+    image = index._image
+    real = image.span
+    monkeypatch.setattr(
+        image, "span", lambda *args: (sizes.append(args[2]), real(*args))[1], raising=False
+    )
+    return sizes
+
+
+def test_a_search_for_pages_in_order_reads_each_block_once(
+    index: PageIndex, read: list[int]
+) -> None:
+    for number in range(3, 3 * 20_000, 21):
+        assert index.find(numbers([number]))[2].tolist() == [number // 3]
+        assert index.at_or_after(number - 1) == number
+    blocks = 20_000 // FENCE_ROWS + 1
+    assert blocks <= len(read) <= 3 * blocks  # of two columns; at a border one more
+
+
+def test_a_search_for_pages_far_apart_reads_little(index: PageIndex, read: list[int]) -> None:
+    asked = numbers([3, 3 * 140_000, 3 * 279_999])
+    found, _, rows = index.find(asked)
+    assert found.all()
+    assert rows.tolist() == [1, 140_000, 279_999]
+    assert len(index.hashes(rows)) == 3
     assert read
     assert sum(read) < 1 << 20
 

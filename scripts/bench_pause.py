@@ -38,6 +38,7 @@ from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track import bytecode
+from crtrace.track.armer import How
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Loading
 from crtrace.track.userfaultfd import UserfaultfdArmer
@@ -172,11 +173,11 @@ def first_writes(target: Target, samples: Samples) -> None:
         armer = stack.enter_context(closing(UserfaultfdArmer(process, space)))
         with signals_held(), StoppedProcess(process) as stopped:
             armer.arm(stopped)
-        armer.scan(space, stopped=False)
+        armer.scan(space, How(stopped=False))
         took: dict[str, float] = {}
         for name in ("armed", "unarmed", "armed, marked by BPF"):
             if name != "unarmed":
-                armer.scan(space, stopped=False)
+                armer.scan(space, How(stopped=False))
             tgid = marks.add(process) if "BPF" in name else 0
             took[name] = int(target.obey(f"touch {pages}")) / pages
             if tgid:

@@ -17,7 +17,7 @@ from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Armer, Scan, nobody
+from crtrace.track.armer import Armer, How, Scan, nobody
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
 from crtrace.track.dirty import Evidence, WrittenPages
@@ -144,10 +144,10 @@ class Target:
         if not guide:
             self.doubt()
             others = partial(self._guide.others, tgids) if self._guide else nobody
-            return self.armer.scan(self.map, stopped=stopped, beside=beside, others=others)
+            return self.armer.scan(self.map, How(stopped, beside=beside, others=others))
         evidence = guide.evidence(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
-        scan = self.armer.scan(self.map, stopped=stopped, within=within, beside=beside)
+        scan = self.armer.scan(self.map, How(stopped, within, beside))
         if not scan.bounded:
             guide.everything_seen(evidence)
         guide.scanned(scan.written, turned=turned, stopped=stopped)

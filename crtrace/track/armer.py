@@ -15,6 +15,24 @@ Others = Callable[[], object]
 """Equal as long as nobody has written who does not stand still with the target."""
 
 
+def nobody() -> None:
+    """The ``others`` of who has none, or knows nothing of them."""
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What a scan is to go by."""
+
+    stopped: bool
+    """All that run in the address space stand still."""
+    within: U64 | None = None
+    """Page ranges outside of which nothing has changed since the last scan that was not bounded,
+    but what bounded scans have found."""
+    beside: ThreadPoolExecutor | None = None
+    """A thread that may do a part of it."""
+    others: Others = nobody
+
+
 @dataclass(frozen=True, slots=True)
 class Scan:
     """What a scan found of the private memory of a process, as disjoint page ranges."""
@@ -29,10 +47,6 @@ class Scan:
     """Those among ``written`` that cannot be armed, so they are read every time."""
     bounded: bool = False
     """It looked only within the bounds that were given."""
-
-
-def nobody() -> None:
-    """The ``others`` of who has none, or knows nothing of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,23 +77,11 @@ class Armer(Protocol):
     def arm(self, stopped: StoppedProcess) -> None:
         """Set up, with the target stopped. Everything counts as written until the first scan."""
 
-    def scan(
-        self,
-        space: AddressSpace,
-        *,
-        stopped: bool,
-        within: U64 | None = None,
-        beside: ThreadPoolExecutor | None = None,
-        others: Others = nobody,
-    ) -> Scan:
+    def scan(self, space: AddressSpace, how: How) -> Scan:
         """The sets as of now. Raises ``TargetGone``.
 
-        ``within``: page ranges outside of which nothing has changed since the last scan that was
-        not bounded, but what bounded scans have found.
-
-        ``space`` must have been refreshed if the target is ``stopped``; while it runs, the scan
-        refreshes it itself where it has to, and may stop the target for a moment. ``beside`` is a
-        thread that may do a part of it. ``others`` tells whether somebody else has written.
+        ``space`` must have been refreshed if the target is stopped; while it runs, the scan
+        refreshes it itself where it has to, and may stop the target for a moment.
         """
 
     def written_now(self) -> int | None:

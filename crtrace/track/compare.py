@@ -7,13 +7,12 @@ did not change is found by its hash and not stored again.
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Others, Scan, Unbounded, nobody
+from crtrace.track.armer import How, Scan, Unbounded
 from crtrace.units import U64, intersect, merge, subtract
 
 
@@ -33,15 +32,7 @@ class CompareArmer(Unbounded):
     def arm(self, stopped: StoppedProcess) -> None:
         """See :class:`crtrace.track.armer.Armer`."""
 
-    def scan(
-        self,
-        space: AddressSpace,
-        *,
-        stopped: bool,
-        within: U64 | None = None,
-        beside: ThreadPoolExecutor | None = None,
-        others: Others = nobody,
-    ) -> Scan:
+    def scan(self, space: AddressSpace, how: How) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.private)
         return Scan(own, subtract(EVERYTHING, own), own)

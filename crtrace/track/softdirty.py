@@ -13,7 +13,6 @@ import errno
 import fcntl
 import mmap
 import os
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 
@@ -26,7 +25,7 @@ from crtrace.linux.addrspace import EVERYTHING, AddressSpace, open_mapped
 from crtrace.linux.pagemap import SOFT_DIRTY, SWAPPED, Filter, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Others, Scan, Unbounded, nobody
+from crtrace.track.armer import How, Scan, Unbounded
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -117,27 +116,19 @@ class SoftDirtyArmer(Unbounded):
                 hint="CRTRACE_ARMER=compare reads all memory instead",
             ) from error
 
-    def scan(
-        self,
-        space: AddressSpace,
-        *,
-        stopped: bool,
-        within: U64 | None = None,
-        beside: ThreadPoolExecutor | None = None,
-        others: Others = nobody,
-    ) -> Scan:
-        """See :class:`crtrace.track.armer.Armer`; always with the target ``stopped``, and always
+    def scan(self, space: AddressSpace, how: How) -> Scan:
+        """See :class:`crtrace.track.armer.Armer`; always with the target stopped, and always
         everywhere: all bits are taken off, also those of pages that bounds would leave out, and
         afterwards nobody could see that the bounds were wrong."""
-        if not stopped:
+        if not how.stopped:
             raise ValueError("soft-dirty bits are only read while the target is stopped")
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
-        mapped_since, before = self._compare_map(space), others()
+        mapped_since, before = self._compare_map(space), how.others()
         own, dirty, away = self._bits()
         moved, self._moving = self._moving, intersect(dirty, away)
         again |= not self._canaries_live(dirty)
         self._clear()
-        if others() != before:  # then bits came and went in between
+        if how.others() != before:  # then bits came and went in between
             again, (own, _, self._moving) = True, self._bits()
         unarmed = intersect(own, self._without_bits)
         changed = merge(dirty, mapped_since, moved, unarmed)

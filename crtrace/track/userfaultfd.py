@@ -26,7 +26,7 @@ from crtrace.linux.pagemap import Filter, KernelScanner
 from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Look, Others, Scan, nobody
+from crtrace.track.armer import How, Look, Scan
 from crtrace.track.windows import effort, joined, large, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
@@ -164,26 +164,18 @@ class UserfaultfdArmer:
             return FeatureMissing("this kernel has no userfaultfd")
         return error
 
-    def scan(
-        self,
-        space: AddressSpace,
-        *,
-        stopped: bool,
-        within: U64 | None = None,
-        beside: ThreadPoolExecutor | None = None,
-        others: Others = nobody,
-    ) -> Scan:
+    def scan(self, space: AddressSpace, how: How) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
         fresh, _ = self._scanner.scan(UNPROTECTED)
-        unarmed = self._adopt(space, fresh, stopped) if len(fresh) else fresh
-        self._unprotected = fresh if within is None else merge(fresh, self._unprotected)
-        windows = self._windows(space, within)
+        unarmed = self._adopt(space, fresh, how.stopped) if len(fresh) else fresh
+        self._unprotected = fresh if how.within is None else merge(fresh, self._unprotected)
+        windows = self._windows(space, how.within)
         if self._uncleared:
-            self._clear_marks(space, stopped)
-        written, absent, markers = self._look_through(space, windows, beside)
+            self._clear_marks(space, how.stopped)
+        written, absent, markers = self._look_through(space, windows, how.beside)
         of_files = self._of_files(space)
         gone = merge(space.not_private, absent, of_files)
-        if windows is None and not stopped:
+        if windows is None and not how.stopped:
             present = count_pages(subtract(space.private, absent))
             self._effort = effort(present, len(space.vmas))
         found = merge(subtract(written, of_files), fresh, markers)

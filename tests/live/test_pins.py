@@ -15,6 +15,7 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
+from crtrace.track.armer import How
 from crtrace.track.userfaultfd import UserfaultfdArmer
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, Pid, contains, merge
 from tests.live.conftest import Spawn
@@ -156,8 +157,8 @@ def armed(process: Process, userfaultfd: None) -> Iterator[tuple[UserfaultfdArme
     with closing(UserfaultfdArmer(process, space)) as armer:
         with StoppedProcess(process) as stopped:
             armer.arm(stopped)
-        armer.scan(space, stopped=True)
-        armer.scan(space, stopped=True)
+        armer.scan(space, How(stopped=True))
+        armer.scan(space, How(stopped=True))
         yield armer, space
 
 
@@ -170,7 +171,7 @@ def test_what_a_ring_writes_into_fixed_buffers_is_in_the_scan_or_among_the_pins(
     before = read_mem(target.pid, page * PAGE_SIZE, PAGE_SIZE)
     target.obey("fixed 0 4 98")
     assert read_mem(target.pid, page * PAGE_SIZE, PAGE_SIZE) != before
-    written = armer.scan(space, stopped=True).written
+    written = armer.scan(space, How(stopped=True)).written
     known = merge(written, found(process).ranges(process))
     assert contains(known, np.array([page], dtype=np.uint64)).all()
     # Else nobody would have to look for pins.
@@ -179,7 +180,7 @@ def test_what_a_ring_writes_into_fixed_buffers_is_in_the_scan_or_among_the_pins(
 
 def seen_written(armer: UserfaultfdArmer, space: AddressSpace, page: int) -> bool:
     """Whether a scan of the target, which is quiet, says that a page was written."""
-    written = armer.scan(space, stopped=True).written
+    written = armer.scan(space, How(stopped=True)).written
     return bool(contains(written, np.array([page], dtype=np.uint64)).all())
 
 

@@ -42,8 +42,8 @@ TESTS = (
     "tests/live/test_tree.py::test_a_whole_tree_goes_on_when_crtrace_is_killed",
 )
 """What can come out differently on another kernel or with another armer, and so little of it that
-one can wait for a row where the processor is emulated: each way alone (``test_ways.py`` whole) takes
-half an hour there. Images and commands that read them are the same everywhere."""
+one can wait for a row where the processor is emulated: each way alone (``test_ways.py`` whole)
+takes half an hour there. Images and commands that read them are the same everywhere."""
 
 ARMERS = ("userfaultfd", "soft-dirty", "compare")
 """With ``compare`` nothing is armed, so that row is that of a kernel where nothing can be."""

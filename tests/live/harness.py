@@ -464,7 +464,10 @@ class Untouched:
         fields = {
             "fds": self._fds(),
             "mappings": {self._place(vma): "" for vma, _ in vmas},
-            "vma_flags": {self._place(vma): extra.get("VmFlags", "") for vma, extra in vmas},
+            # "sd" is of the soft-dirty bits, which are anybody's to clear.
+            "vma_flags": {
+                self._place(vma): extra.get("VmFlags", "").replace(" sd", "") for vma, extra in vmas
+            },
             "threads": {tid: it.get("Name", "") for tid, it in by_tid.items()},
             "states": {t: STATES.get(it.get("State", "X")[0], "live") for t, it in by_tid.items()},
             "masks": {t: f"{it.get('SigBlk')} {it.get('SigPnd')}" for t, it in by_tid.items()},

@@ -578,11 +578,12 @@ static bool open_goes_on(void)
 
 static bool open_ends_well(void)
 {
+	static const struct condition done = { "uring_worker, done", NULL, NULL, NULL };
 	int fd = open(fifo_path, O_RDWR); /* never waits */
 
 	for (int tries = 0; tries < 10000 && !ring_done(); tries++)
 		nap_ms(1);
-	condition = &(struct condition){ "uring_worker, done", NULL, NULL, NULL };
+	condition = &done;
 	return fd >= 0 && ring_done() == 1 && ring_result(0) >= 0;
 }
 

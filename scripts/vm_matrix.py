@@ -50,7 +50,7 @@ ARMERS = ("userfaultfd", "soft-dirty", "compare")
 
 SCRIPT = f"""\
 scripts/setup test >&2
-export PATH=$PWD/.venv/bin:$PATH CRTRACE_CI=1 CRTRACE_SEEDS=${{CRTRACE_SEEDS:-2}}
+export PATH=$PWD/.venv/bin:$PATH CRTRACE_CI=1 CRTRACE_SEEDS=${{CRTRACE_SEEDS:-1}}
 for armer in ${{CRTRACE_ARMER:-{" ".join(ARMERS)}}}; do
     export CRTRACE_ARMER=$armer
     results=$CRTRACE_RESULTS/$armer

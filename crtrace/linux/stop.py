@@ -118,8 +118,12 @@ class StoppedProcess:
                 if error.errno != errno.EPERM or not tries_left:
                     del self.tracees[tid]
                     return _explain_refusal(error, self.process.pid, tid)
-        with suppress(ProcessLookupError):  # it died since; waiting for it will tell
+        try:
             ptrace(INTERRUPT, tid)
+        except OSError as error:
+            # It died since, or is going just now, by an exec for one: waiting for it will tell.
+            if error.errno not in (errno.ESRCH, errno.EIO):
+                raise
         return True
 
     def main(self) -> Tracee:

@@ -6,6 +6,7 @@ can be seen of it from outside is compared by ``Untouched``. And every epoch mus
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -18,7 +19,9 @@ from crtrace.capture.session import Session
 from crtrace.demo.judge import Judge
 from crtrace.errors import CrtraceError, TargetBusy, TargetGone
 from crtrace.image.store import ChainWriter
+from crtrace.linux import stop
 from crtrace.linux.procfs import Process
+from crtrace.linux.ptrace import INTERRUPT
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Programs
@@ -388,13 +391,32 @@ def test_a_stop_at_the_edge_of_exec_leaves_nothing_stopped(spawn: Spawn, conditi
     stops = 0
     with Process(Pid(target.pid)) as process:
         while target_is_busy(target):
-            with suppress(TargetBusy), StoppedProcess(process) as stop:  # busy: it is let go
-                assert stop.tracees
+            with suppress(TargetBusy), StoppedProcess(process) as held:  # busy: it is let go
+                assert held.tracees
                 stops += 1
     assert stops > 10
     target.await_ready()
     Untouched(target.pid).assert_same()
     end(target)
+
+
+def test_a_thread_that_is_just_being_released_is_no_failure(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To interrupt it is then an input/output error, as the kernel has it."""
+    real = stop.ptrace
+
+    def ptrace(request: int, tid: int, *rest: int) -> int:
+        result = real(request, tid, *rest)
+        if request == INTERRUPT:
+            raise OSError(errno.EIO, "made to fail", f"thread {tid}")
+        return result
+
+    monkeypatch.setattr(stop, "ptrace", ptrace)
+    target = spawn("layout")
+    with Process(Pid(target.pid)) as process, StoppedProcess(process) as stopped:
+        assert stopped.tracees
+    target.obey("write anon_written 0 8 5")
 
 
 def target_is_busy(target: Target) -> bool:

@@ -57,7 +57,7 @@ for armer in ${{CRTRACE_ARMER:-{" ".join(ARMERS)}}}; do
     mkdir "$results"
     scripts/crtrace check --json >"$results/check.json" || continue
     echo "=== $armer" >&2
-    python -m pytest --junitxml="$results/junit.xml" "$@" || true
+    python -m pytest -o junit_family=xunit1 --junitxml="$results/junit.xml" "$@" || true
 done
 """
 

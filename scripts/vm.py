@@ -25,7 +25,9 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 FAILED = 125
 """The exit code when there is none of the command, as podman and docker have it."""
 
-WITH_REPORT = 'exec scripts/test -o junit_family=xunit1 --junitxml="$CRTRACE_RESULTS/junit.xml" "$@"'
+WITH_REPORT = (
+    'exec scripts/test -o junit_family=xunit1 --junitxml="$CRTRACE_RESULTS/junit.xml" "$@"'
+)
 
 EPILOG = f"""\
 Kernels: {", ".join(f"{kernel.version} (Debian {kernel.suite})" for kernel in KERNELS)}.

@@ -25,7 +25,9 @@ from tests.live.harness import status, wait_until
 
 CRTRACE = [sys.executable, "-P", "-m", "crtrace"]
 NOBODY = 65534
-TIMEOUT = 20.0 * float(os.environ.get("CRTRACE_SLOWNESS", "1"))
+SLOWNESS = float(os.environ.get("CRTRACE_SLOWNESS", "1"))
+"""How much longer than usual everything takes: where the processor is emulated."""
+TIMEOUT = 20.0 * SLOWNESS
 """Seconds; ``scripts/vm`` says how many times slower a machine is that it emulates."""
 
 Event = dict[str, Any]

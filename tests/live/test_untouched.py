@@ -29,7 +29,7 @@ from crtrace.units import Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import Judged
 from tests.live.harness import Target, Untouched, status, stopped, tasks, wait_until
-from tests.live.runner import Watching, run, verified
+from tests.live.runner import SLOWNESS, Watching, run, verified
 
 EPOCHS = 3
 CAP_SYS_RESOURCE = 24
@@ -386,7 +386,7 @@ def test_a_vfork_that_begins_before_the_stop_keeps_only_its_own_thread(spawn: Sp
 
 @pytest.mark.parametrize("condition", ["exec", "exec_thread"])
 def test_a_stop_at_the_edge_of_exec_leaves_nothing_stopped(spawn: Spawn, condition: str) -> None:
-    target = spawn("corners", "--in", condition, "--times", 2000)
+    target = spawn("corners", "--in", condition, "--times", int(2000 / min(SLOWNESS, 10)))
     target.obey("go")
     stops = 0
     with Process(Pid(target.pid)) as process:

@@ -101,6 +101,7 @@ def _missing(found: dict[str, Any]) -> str:
 def _outcome(junit: Path, where: str, found: dict[str, Any]) -> Outcome:
     probes = {probe["name"]: probe for probe in found["probes"]}
     release = probes["machine"]["found"].rpartition(", ")[2]
+    release = ".".join(release.split(".")[:2])  # what follows is the distribution's
     coverage = probes.get("BPF coverage", {"found": "page faults"})["found"]
     outcome = Outcome(f"{release}, {where}", found["armer"], coverage)
     if junit.exists():

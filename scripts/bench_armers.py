@@ -73,8 +73,8 @@ def criu(program: str, target: Target, folder: Path, samples: Samples) -> None:
                 dirty(target, samples, "criu pre-dump", percent)
             images = Path(place) / str(number)
             images.mkdir()
-            command = [program, "pre-dump", "-t", str(target.pid), "-D", str(images), "-v4",
-                       "--shell-job", "--track-mem"]  # fmt: skip
+            command = [program, "pre-dump", "-t", str(target.pid), "-D", str(images),
+                       "--display-stats", "--shell-job", "--track-mem"]  # fmt: skip
             if number:
                 command += ["--prev-images-dir", f"../{number - 1}"]
             began = time.perf_counter()
@@ -84,6 +84,8 @@ def criu(program: str, target: Target, folder: Path, samples: Samples) -> None:
                 raise RuntimeError(f"{' '.join(command)} failed: {done.stderr[-500:]}")
             if percent:
                 times = criu_times(done.stdout + done.stderr)
+                if "frozen" not in times:
+                    raise RuntimeError(f"criu tells no times: {done.stdout[-500:]}")
                 add(samples, f"criu pre-dump, {percent} %: pause, ms", times["frozen"])
                 add(samples, f"criu pre-dump, {percent} %: wall, ms", wall)
 

@@ -7,7 +7,6 @@ import ctypes
 import errno
 import mmap
 import os
-import re
 import struct
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +16,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from crtrace.linux.libc import SYS_BPF, SYS_PERF_EVENT_OPEN, address_of, ioctl, syscall
+from crtrace.linux.libc import (
+    SYS_BPF,
+    SYS_PERF_EVENT_OPEN,
+    address_of,
+    ioctl,
+    kernel_version,
+    syscall,
+)
 from crtrace.units import PAGE_SIZE
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD = range(6)
@@ -144,8 +150,7 @@ class Runs:
 
 def misses_are_counted() -> bool:
     """Whether ``missed`` says anything of programs at kprobes: only a kernel's version tells."""
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    return found is not None and (int(found[1]), int(found[2])) >= (6, 7)
+    return kernel_version() >= (6, 7)
 
 
 def runs(program: int) -> Runs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import os
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +57,12 @@ def ptrace(request: int, tid: int, addr: int = 0, data: int = 0) -> int:
     if result == -1 and errno:
         raise OSError(errno, os.strerror(errno), f"thread {tid}")
     return result
+
+
+def kernel_version() -> tuple[int, int]:
+    """Of the running Linux: major and minor; (0, 0) if it does not say."""
+    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
+    return (int(found[1]), int(found[2])) if found else (0, 0)
 
 
 def waitpid(tid: int, options: int = 0) -> tuple[int, int]:

@@ -9,6 +9,7 @@ import pytest
 
 from crtrace.errors import FeatureMissing
 from crtrace.image.reader import Chain
+from crtrace.track import softdirty
 from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.track.softdirty import SoftDirtyArmer, try_on_ourselves
 from crtrace.units import PAGE_SIZE
@@ -35,7 +36,13 @@ def test_a_kernel_without_them_is_told(spawn: Spawn, tmp_path: Path) -> None:
     else:
         pytest.skip("cannot run here: this kernel has soft-dirty bits")
     done = run("dump", spawn("layout").pid, "-o", tmp_path / "chain", env=SOFT_DIRTY).expect(12)
-    assert "CONFIG_MEM_SOFT_DIRTY" in done.stderr
+    assert "soft-dirty bits" in done.stderr
+
+
+def test_they_are_not_relied_on_before_linux_6_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(softdirty, "kernel_version", lambda: (6, 0))
+    with pytest.raises(FeatureMissing, match=r"before Linux 6\.1"):
+        try_on_ourselves.__wrapped__()
 
 
 @pytest.mark.usefixtures("armer")

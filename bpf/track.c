@@ -217,7 +217,7 @@ static __always_inline bool only_faults(u64 call)
 
 /* Whether this visit, for reading, is plain. The controller compares what it reads of `begun` with
  * what it reads of `plain` after that, so they are changed in the other order. */
-static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, bool over)
+static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, u64 call, bool over)
 {
 	int index = CONTROLLER_COVERS;
 	u64 *where = plain.lookup(&who), *covers;
@@ -232,7 +232,7 @@ static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space,
 	}
 	/* One that is known when it begins was not seen to end. */
 	covers = controller.lookup(&index);
-	if (known || !covers || !*covers || !only_faults(current_call()) || plain.update(&who, &space))
+	if (known || !covers || !*covers || !only_faults(call) || plain.update(&who, &space))
 		return false;
 	__sync_fetch_and_add(&counted->plain, 1);
 	__sync_fetch_and_add(&counted->begun, 1);
@@ -249,7 +249,7 @@ static __always_inline bool writes_behind(u64 call)
 	return false;
 }
 
-static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, bool over)
+static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space, u64 call, bool over)
 {
 	return false;
 }
@@ -304,10 +304,13 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 		faulting.delete(&who);
 	if (marked && for_reading)
 		return;
+
+	u64 call = current_call();
+
 	value = homes.lookup(&tgid);
-	if (!value || *value != space || (!faults && writes_behind(current_call())))
+	if (!value || *value != space || (!faults && writes_behind(call)))
 		__sync_fetch_and_add(&counted->foreign, 1);
-	if (!for_reading || !is_plain(counted, who, space, over))
+	if (!for_reading || !is_plain(counted, who, space, call, over))
 		__sync_fetch_and_add(&counted->all, 1);
 }
 

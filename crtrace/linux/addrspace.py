@@ -52,9 +52,7 @@ class AddressSpace:
     @property
     def not_private(self) -> U64:
         """The page ranges where no private memory is, mapped or not."""
-        if "not private" not in self._kinds:
-            self._kinds["not private"] = subtract(EVERYTHING, self.private)
-        return self._kinds["not private"]
+        return self._once("not private", lambda: subtract(EVERYTHING, self.private))
 
     @property
     def private(self) -> U64:
@@ -82,8 +80,12 @@ class AddressSpace:
         return self._kind("vdso", lambda vma: vma.name == "[vdso]")
 
     def _kind(self, name: str, wanted: Callable[[Vma], bool]) -> U64:
+        return self._once(name, lambda: merge(self.ranges(wanted)))
+
+    def _once(self, name: str, make: Callable[[], U64]) -> U64:
+        """What is made of the map, until that changes."""
         if name not in self._kinds:
-            self._kinds[name] = merge(self.ranges(wanted))
+            self._kinds[name] = make()
         return self._kinds[name]
 
     def resident(self) -> int:

@@ -192,7 +192,7 @@ class PlainScanner:
         found = [(no_pages(), np.empty(0, dtype=np.uint64))]
         large = mapped[mapped[:, 1] - mapped[:, 0] > _BLOCK]
         empty = no_pages()
-        if count_pages(large) > _SPARSE * self._space.resident():
+        if len(large) and count_pages(large) > _SPARSE * self._space.resident():
             empty = intersect(mapped, self._space.empty())
         blank = [empty]
         for first, last in subtract(mapped, empty).tolist():

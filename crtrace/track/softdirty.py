@@ -40,8 +40,8 @@ from crtrace.units import (
 )
 
 SINCE = (6, 1)
-"""The oldest Linux on which no write was missed. On 5.10 some were, among many ways of changing
-memory at once (tests/live/test_ways.py), and why is not known."""
+"""The oldest Linux on which this was tried of those that tell what it takes: who else is in the
+target's memory (5.12), and whether pages of it are merged (5.19)."""
 CANARIES = 4
 """Pages that are kept soft-dirty, so that somebody else's clearing shows."""
 DIRTY = Filter(need=SOFT_DIRTY, exclude=pagemap.OWN.exclude)
@@ -86,7 +86,7 @@ class SoftDirtyArmer(Unbounded):
     def __init__(self, process: Process, space: AddressSpace) -> None:
         self._process = process
         self._space = space
-        self._pagemap = self._clear_refs = self._mem = -1
+        self._pagemap = self._clear_refs = self._mem = self._merging = -1
         self._doubtful = True
         """The bits do not tell what was written."""
         self._vmas: frozenset[Vma] = frozenset()
@@ -106,6 +106,10 @@ class SoftDirtyArmer(Unbounded):
             self._pagemap = process.open("pagemap")
             self._clear_refs = process.open("clear_refs", os.O_WRONLY)
             self._mem = process.open("mem", os.O_RDWR)
+            with suppress(FileNotFoundError):  # CONFIG_KSM
+                self._merging = os.open(
+                    "ksm_merging_pages", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process.dirfd
+                )
             self._scanner = _scanner(self._pagemap, space)
         except BaseException:
             self.close()
@@ -133,10 +137,11 @@ class SoftDirtyArmer(Unbounded):
         own, dirty, away = self._bits()
         moved, self._moving = self._moving, intersect(dirty, away)
         again |= not self._canaries_live(dirty)
+        merging = self._merges()
         self._clear()
         if how.others() != before:  # then bits came and went in between
             again, (own, _, self._moving) = True, self._bits()
-        unarmed = intersect(own, self._without_bits)
+        unarmed = own if merging else intersect(own, self._without_bits)
         changed = merge(dirty, mapped_since, moved, unarmed)
         self._plant(space, subtract(own, unarmed))
         self._doubtful = False
@@ -153,6 +158,11 @@ class SoftDirtyArmer(Unbounded):
             intersect(merge(ranges[dirty]), private),
             intersect(merge(ranges[away]), private),
         )
+
+    def _merges(self) -> bool:
+        """Whether a page of it is one with others now: KSM forgets the bit of what it merges. One
+        that is merged no more was written for that, and has its bit."""
+        return self._merging >= 0 and int(os.pread(self._merging, 32, 0) or 0) > 0
 
     def _clear(self) -> None:
         point("write /proc/PID/clear_refs")
@@ -222,7 +232,7 @@ class SoftDirtyArmer(Unbounded):
 
     def close(self) -> None:
         """See :class:`crtrace.track.armer.Armer`."""
-        for name in ("_pagemap", "_clear_refs", "_mem"):
+        for name in ("_pagemap", "_clear_refs", "_mem", "_merging"):
             fd = getattr(self, name)
             if fd >= 0:
                 os.close(fd)

@@ -19,6 +19,7 @@ from tests.live.exactness import judged, reader
 from tests.live.harness import flip_byte, layout_mismatches
 from tests.live.runner import run
 from tests.live.test_others import outside
+from tests.live.test_ways import ksm, scene
 
 SOFT_DIRTY = {"CRTRACE_ARMER": "soft-dirty"}
 
@@ -142,3 +143,20 @@ def test_what_others_write_while_bits_are_taken_off_is_not_missed(
         judge.take()
         assert len(done) > 0
         judge.take()
+
+
+KSM_RUNS = Path("/sys/kernel/mm/ksm/run")
+
+
+@pytest.mark.usefixtures("armer")
+@pytest.mark.skipif(not KSM_RUNS.exists(), reason="cannot run here: no KSM")
+def test_what_was_merged_since_it_was_written_is_not_missed(tmp_path: Path) -> None:
+    """KSM forgets the bit. As long as it runs it shows as somebody else, so here it rests."""
+    with ksm(), scene(tmp_path, 1) as it:
+        for _ in range(2):
+            KSM_RUNS.write_text("1")
+            assert not it.do("ksm")
+            KSM_RUNS.write_text("0")
+            it.take()
+            assert not it.do("ksm")  # written in part
+            it.take()

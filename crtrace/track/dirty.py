@@ -375,11 +375,12 @@ def taken_unasked() -> int:
 
 def decode(regions: U64, words: U64) -> U64:
     """Page numbers from ascending ``(n,)`` region numbers and their ``(n, 8)`` bitmaps."""
-    bits: Bools = np.unpackbits(
-        np.ascontiguousarray(words).view(np.uint8), axis=1, bitorder="little"
-    ).view(np.bool_)
+    region, word = np.nonzero(words)  # most are empty where writes are scattered
+    some = np.ascontiguousarray(words[region, word]).view(np.uint8).reshape(-1, 8)
+    bits: Bools = np.unpackbits(some, axis=1, bitorder="little").view(np.bool_)
     row, column = np.nonzero(bits)
-    return regions[row] * np.uint64(REGION_PAGES) + column.astype(np.uint64)
+    first = regions[region] * np.uint64(REGION_PAGES) + word.astype(np.uint64) * np.uint64(64)
+    return first[row] + column.astype(np.uint64)
 
 
 def _u32(value: int) -> npt.NDArray[np.uint32]:

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
-from functools import partial
+from typing import TypeVar
 
 import numpy as np
 
@@ -27,11 +27,12 @@ from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import How, Look, Scan
-from crtrace.track.windows import effort, joined, large, worth_while
+from crtrace.track.windows import effort, halves, joined, large, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
     U64,
+    Bools,
     count_pages,
     intersect,
     merge,
@@ -39,14 +40,20 @@ from crtrace.units import (
     subtract,
 )
 
+Here = TypeVar("Here")
+There = TypeVar("There")
 SMALL_GAP = 64  # pages
 UNPROTECTED = Filter(exclude=pagemap.FILE | pagemap.PFNZERO | pagemap.GUARD | pagemap.WPALLOWED)
 OWN_PROTECTED = Filter(need=pagemap.WPALLOWED, exclude=pagemap.OWN.exclude)
 FEW = 512
 """Unprotected pages that are not worth a stop of their own."""
 WRITTEN = Filter(need=pagemap.WRITTEN, exclude=pagemap.PFNZERO | pagemap.GUARD)
-# Without arming, some kernels report pages of other VMAs as well.
-WRITTEN_PROTECTED = Filter(need=pagemap.WRITTEN | pagemap.WPALLOWED, exclude=WRITTEN.exclude)
+WRITTEN_OR_NOTHING = Filter(
+    inverted=pagemap.PRESENT, any_of=pagemap.WRITTEN | pagemap.PRESENT | pagemap.PFNZERO
+)
+"""What is written, and where there is nothing: one walk for both, to be told apart afterwards. It
+cannot arm, which passes over memory that is not to be armed."""
+_TOLD_APART = pagemap.REPORTED | pagemap.PFNZERO
 
 
 def try_on_ourselves() -> None:
@@ -169,7 +176,7 @@ class UserfaultfdArmer:
         fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._adopt(space, fresh, how.stopped) if len(fresh) else fresh
         self._unprotected = fresh if how.within is None else merge(fresh, self._unprotected)
-        windows = self._windows(space, how.within)
+        windows = self._windows(space, how)
         if self._uncleared:
             self._clear_marks(space, how.stopped)
         written, absent, markers = self._look_through(space, windows, how.beside)
@@ -189,45 +196,46 @@ class UserfaultfdArmer:
         """See :class:`crtrace.track.armer.Armer`."""
         return large(self._effort)
 
-    def _windows(self, space: AddressSpace, within: U64 | None) -> U64 | None:
+    def _windows(self, space: AddressSpace, how: How) -> U64 | None:
         """Where to look, given the bounds; None: everywhere.
 
         Mapped files are not bounded: who cuts one off takes no lock of its mappers. Nor is what is
         not armed, or was not in memory: newer kernels discard such pages without that lock.
         """
-        if within is None or self._doubtful or self._uncleared:
+        if how.within is None or self._doubtful or self._uncleared:
             return None
         refused = space.ranges(self._is_refused) if self._refused else no_pages()
         beyond = merge(space.private_files, refused, self._unprotected, self._moving, self._swapped)
-        within = merge(intersect(within, space.anonymous), beyond)
-        return worth_while(within, self._effort)
+        within = merge(intersect(how.within, space.anonymous), beyond)
+        return worth_while(within, self._effort, beside=how.beside is not None)
 
     def _look_through(
         self, space: AddressSpace, windows: U64 | None, beside: ThreadPoolExecutor | None
     ) -> tuple[U64, U64, U64]:
         """What was written, now armed again, what is absent, and markers."""
         if beside and windows is None:
-            return self._at_once(partial(self._written, None), space, beside)
-        return self._written(windows), *self._not_present_ranges(space, windows)
-
-    def _at_once(
-        self, other: Callable[[], U64], space: AddressSpace, beside: ThreadPoolExecutor
-    ) -> tuple[U64, U64, U64]:
-        """What another scan finds, while this one looks everywhere for what is absent."""
-        looking = beside.submit(self._not_present_ranges, space, None)
-        try:
-            found = other()
-        finally:
-            wait([looking])
-        return found, *looking.result()
+            written, rest = _at_once(
+                beside, lambda: self._written(None), lambda: self._nothing(space, None)
+            )
+            return written, *rest
+        return self._written(windows), *self._nothing(space, windows)
 
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""
-        written, absent, _ = self._at_once(
-            lambda: self._scanner.scan(WRITTEN_PROTECTED)[0], space, beside
+        low, high = halves(space.mapped)
+        upper, lower = _at_once(
+            beside,
+            lambda: self._scanner.scan(WRITTEN_OR_NOTHING, high, report=_TOLD_APART),
+            lambda: self._second.scan(WRITTEN_OR_NOTHING, low, report=_TOLD_APART),
         )
-        written = subtract(merge(written), self._moving)
-        return Look(intersect(written, space.anonymous), intersect(absent, space.anonymous))
+        ranges = np.concatenate((lower[0], upper[0]))
+        categories = np.concatenate((lower[1], upper[1]))
+        written = _are(categories, pagemap.WRITTEN | pagemap.WPALLOWED, WRITTEN.exclude)
+        written &= categories & np.uint64(WRITTEN.any_of) != 0  # what is not there counts, too
+        nothing = ~_are(categories, pagemap.PRESENT, pagemap.PFNZERO)
+        absent, _ = self._sort_out(space, None, ranges[nothing], categories[nothing])
+        found = subtract(merge(ranges[written]), self._moving)
+        return Look(intersect(found, space.anonymous), intersect(absent, space.anonymous))
 
     def _written(self, windows: U64 | None) -> U64:
         """What was written since it was armed; it is armed again."""
@@ -296,17 +304,22 @@ class UserfaultfdArmer:
     def _is_refused(self, vma: Vma) -> bool:
         return vma in self._refused
 
-    def _not_present_ranges(self, space: AddressSpace, windows: U64 | None) -> tuple[U64, U64]:
-        """Where page tables have nothing but the zero page; and pages that only look swapped out.
+    def _nothing(self, space: AddressSpace, windows: U64 | None) -> tuple[U64, U64]:
+        """Where page tables have nothing but the zero page; and what only looks swapped out."""
+        ranges, categories = self._second.scan(pagemap.NOTHING_THERE, windows)
+        return self._sort_out(space, windows, ranges, categories)
+
+    def _sort_out(
+        self, space: AddressSpace, windows: U64 | None, ranges: U64, categories: U64
+    ) -> tuple[U64, U64]:
+        """The same of what a scan in ``windows`` has found.
 
         When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
         page keeps its protection. Such pages are read again, and turn out as what they are.
         """
-        ranges, categories = self._second.scan(pagemap.NOTHING_THERE, windows)
         # A guard page looks swapped out too, and reads as nothing.
-        swapped = (categories & np.uint64(pagemap.SWAPPED | pagemap.GUARD)) == pagemap.SWAPPED
-        armed = swapped & ((categories & np.uint64(pagemap.WRITTEN)) == 0)
-        markers = ranges[armed]
+        swapped = _are(categories, pagemap.SWAPPED, pagemap.GUARD)
+        markers = ranges[swapped & _are(categories, 0, pagemap.WRITTEN)]
         if len(markers):
             markers = intersect(markers, space.private_files)
         out, absent = merge(ranges[swapped]), merge(ranges[~swapped])
@@ -332,3 +345,21 @@ class UserfaultfdArmer:
             if fd >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
+
+
+def _are(categories: U64, need: int, exclude: int) -> Bools:
+    """Which have all of ``need`` and none of ``exclude``."""
+    such: Bools = categories & np.uint64(need | exclude) == need
+    return such
+
+
+def _at_once(
+    beside: ThreadPoolExecutor, here: Callable[[], Here], there: Callable[[], There]
+) -> tuple[Here, There]:
+    """What both return; ``there`` runs in the other thread, and has ended in any case."""
+    other = beside.submit(there)
+    try:
+        found = here()
+    finally:
+        wait([other])
+    return found, other.result()

@@ -11,6 +11,8 @@ LARGE = 65_536
 A_CALL, A_MAPPING = 2_048, 512
 """Pages that a scan passes over while another would be begun, and while it begins with a VMA. They
 only decide which of two exact ways is taken."""
+HELP = 2
+"""How many times as fast everything is looked at with a second thread."""
 
 
 def effort(pages: int, mappings: int) -> int:
@@ -32,7 +34,25 @@ def joined(ranges: U64, gap: int) -> U64:
     return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
 
 
-def worth_while(within: U64, effort: int) -> U64 | None:
-    """Where to look so that ``within`` is covered; None: everywhere, for that is as short."""
+def worth_while(within: U64, effort: int, *, beside: bool) -> U64 | None:
+    """Where to look so that ``within`` is covered; None: everywhere, for that is as short.
+
+    ``beside``: a second thread would help with everything. With places it could not: there are
+    too many short calls.
+    """
     windows = joined(within, A_CALL)
-    return windows if count_pages(windows) + A_CALL * len(windows) < effort else None
+    least = effort // HELP if beside else effort
+    return windows if count_pages(windows) + A_CALL * len(windows) < least else None
+
+
+def halves(ranges: U64) -> tuple[U64, U64]:
+    """A range array as two of as many pages, the lower ones first."""
+    if not len(ranges):
+        return ranges, ranges
+    counted = (ranges[:, 1] - ranges[:, 0]).cumsum()
+    half = counted[-1] // np.uint64(2)
+    at = int(counted.searchsorted(half))
+    cut = ranges[at, 1] - (counted[at] - half)
+    low, high = ranges[: at + 1].copy(), ranges[at:].copy()
+    low[-1, 1] = high[0, 0] = cut
+    return low[low[:, 0] < low[:, 1]], high[high[:, 0] < high[:, 1]]

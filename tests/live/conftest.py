@@ -13,6 +13,7 @@ import pytest
 from crtrace.errors import FeatureMissing
 from crtrace.linux.events import open_accounting
 from crtrace.track.choose import VARIABLE
+from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.track.loader import Loading, Programs
 from crtrace.track.softdirty import try_on_ourselves as try_soft_dirty
 from crtrace.track.userfaultfd import try_on_ourselves as try_userfaultfd
@@ -67,6 +68,12 @@ def _skip_unless(try_on_ourselves: Callable[[], None], otherwise: str) -> None:
         try_on_ourselves()
     except (OSError, FeatureMissing):
         pytest.skip(f"cannot run here: {otherwise}")
+
+
+def skip_unless_visits_are_told(marks: WrittenPages) -> None:
+    """Skip what needs to know who takes the lock of an address space."""
+    if marks.coverage is Coverage.ALONE:
+        pytest.skip("cannot run here: nobody tells of visits by others (before Linux 5.12)")
 
 
 def _skip_unless_asked_for(name: str) -> None:

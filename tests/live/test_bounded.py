@@ -21,7 +21,7 @@ from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, kernel_types
 from crtrace.units import PAGE_SIZE, U64, Pid
-from tests.live.conftest import Spawn, armed_by, asked_of
+from tests.live.conftest import Spawn, armed_by, asked_of, skip_unless_visits_are_told
 from tests.live.exactness import judged
 from tests.live.harness import Target, flip_byte, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, machine
@@ -41,6 +41,7 @@ def small_targets_too() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(windows, "LARGE", 1)
         patch.setattr(windows, "A_CALL", 0)
+        patch.setattr(windows, "HELP", 1)
         yield
 
 
@@ -148,9 +149,9 @@ def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
         scan, pause = armer._scanner.scan, judge.session._pause
 
         def as_if_it_moved(
-            want: Filter, within: U64 | None = None, *, arm: bool = False
+            want: Filter, within: U64 | None = None, *, arm: bool = False, **report: int
         ) -> tuple[U64, U64]:
-            ranges, categories = scan(want, within, arm=arm)
+            ranges, categories = scan(want, within, arm=arm, **report)
             addresses = ranges[:, 0] * np.uint64(PAGE_SIZE)
             inside = arm & (data.start <= addresses) & (addresses < data.end)
             moving.extend(addresses[inside].tolist())
@@ -230,6 +231,7 @@ def test_a_ring_that_is_full_makes_scans_look_everywhere(
 def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
     with Loading(covering=False).result() as programs:  # else smaps would be read in peace
         marks = WrittenPages(programs)
+        skip_unless_visits_are_told(marks)
         first, second = (Process(Pid(spawn("layout").pid)) for _ in range(2))
         with first, second:
             spaces = [marks.space_behind(partial(_look, each))[0] for each in (first, second)]
@@ -260,6 +262,7 @@ def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn
     target = spawn("layout")
     with Loading().result() as programs, Process(Pid(target.pid)) as process:
         marks = WrittenPages(programs)
+        skip_unless_visits_are_told(marks)
         tgid = marks.add(process)
         space, _ = marks.space_behind(partial(_look, process))
         marks.live_in(space, tgid)
@@ -320,6 +323,22 @@ def test_what_was_found_while_somebody_else_was_there_is_read_again(
             residual.append(judge.stats[-1]["pages_residual"])
         assert residual[0] < 16
         assert residual[1] >= 32
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_all_is_read_again_where_nobody_tells_of_visits(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when more address spaces are watched than can be counted."""
+    monkeypatch.setattr(WrittenPages, "space_behind", lambda marks, look: (0, 0))
+    target = spawn("layout")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        monkeypatch.setattr(judge.session, "_little", 0)
+        target.obey("write anon_written 0 32 1")
+        judge.take()
+        assert judge.stats[-1]["precopy_rounds"] == 1
+        assert judge.stats[-1]["pages_residual"] >= 32
 
 
 def _look(process: Process) -> None:

@@ -16,7 +16,8 @@ from crtrace.linux.procfs import EXEC, READ, SHARED, WRITE, parse_maps, parse_st
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.linux.waits import cut_short, started_again
 from crtrace.track.dirty import decode
-from crtrace.units import CHUNK_PAGES, U64, expand, merge, to_ranges
+from crtrace.track.windows import halves
+from crtrace.units import CHUNK_PAGES, U64, count_pages, expand, merge, to_ranges
 
 page_sets = st.sets(st.integers(0, 5000), max_size=1500)
 
@@ -31,6 +32,13 @@ def test_chunks_hold_every_page_once_and_are_full_but_the_last(pages: set[int]) 
     assert [int(page) for part in parts for page in part] == sorted(pages)
     assert all(len(part) == CHUNK_PAGES for part in parts[:-1])
     assert all(0 < len(part) <= CHUNK_PAGES for part in parts)
+
+
+@given(page_sets)
+def test_halves_are_in_order_and_differ_by_a_page_at_most(pages: set[int]) -> None:
+    low, high = halves(ranges_of(pages))
+    assert [*expand(low).tolist(), *expand(high).tolist()] == sorted(pages)
+    assert 0 <= count_pages(high) - count_pages(low) <= 1
 
 
 @given(st.dictionaries(st.integers(0, 1 << 36), st.sets(st.integers(0, 511)), max_size=20))

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from crtrace.units import REGION_PAGES, U64, Bools, distinct
+from crtrace.units import REGION_PAGES, U64, Bools, contains, distinct
 
 SLAB_REGIONS = 256
 """Regions allocated together: 2 MiB of hashes. Tables grow by slabs, so nothing is ever copied."""
@@ -80,9 +80,15 @@ class PageTable:
     def absent_from(self, present: U64) -> U64:
         """The known pages, ascending, that lie in none of the ranges of a range array."""
         regions, rows = self._regions
+        some = ~_covered(regions, present)
+        regions, rows = regions[some], rows[some]
         if not len(regions):
             return np.empty(0, dtype=np.uint64)
-        known = np.concatenate(self._known).reshape(-1, REGION_PAGES)[rows].reshape(-1)
+        bitmaps = np.empty((len(rows), REGION_PAGES), dtype=np.bool_)
+        for slab in distinct(rows // SLAB_REGIONS).tolist():
+            which = rows // SLAB_REGIONS == slab
+            bitmaps[which] = self._known[slab].reshape(-1, REGION_PAGES)[rows[which] % SLAB_REGIONS]
+        known = bitmaps.reshape(-1)
         if len(present):
             known &= ~_painted(regions, present)
         at = np.flatnonzero(known)
@@ -126,6 +132,13 @@ def _by_slab(cells: Cells) -> Iterator[tuple[int, Bools | slice, Cells]]:
         for slab in distinct(slabs[slabs >= 0]).tolist():
             which: Bools = slabs == slab
             yield slab, which, cells[which] - slab * SLAB_PAGES
+
+
+def _covered(regions: U64, present: U64) -> Bools:
+    """Which of ``regions`` lie in one range of ``present`` as a whole."""
+    whole = present[present[:, 1] - present[:, 0] >= REGION_PAGES]
+    firsts = np.stack((whole[:, 0], whole[:, 1] - np.uint64(REGION_PAGES - 1)), axis=1)
+    return contains(firsts, regions << REGION_SHIFT)
 
 
 def _painted(regions: U64, present: U64) -> Bools:

@@ -167,9 +167,9 @@ class Target:
         return [*tgids, self._guide.number] if self._guide else tgids
 
     def visited(self) -> bool:
-        """Whether somebody from outside has been in its memory since this was asked last. What he
-        has pinned there may change after a scan has armed it."""
-        return self._guide is not None and self._guide.visited()
+        """Whether somebody from outside has been in its memory since this was asked last, for all
+        that is known. What he has pinned there may change after a scan has armed it."""
+        return self._guide is None or self._guide.visited()
 
     def marked(self, pages: U64) -> None:
         """BPF has marked ``pages``, page numbers, before its last switch of generations."""

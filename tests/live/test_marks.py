@@ -32,7 +32,7 @@ from crtrace.track.loader import (
     kernel_types,
 )
 from crtrace.units import PAGE_SIZE, U64, Pid
-from tests.live.conftest import Spawn
+from tests.live.conftest import Spawn, skip_unless_visits_are_told
 from tests.live.exactness import judged
 from tests.live.harness import compile_target, wait_until
 from tests.live.runner import CRTRACE, run, verified
@@ -217,6 +217,7 @@ def test_pages_without_room_in_the_map_are_counted(spawn: Spawn) -> None:
 
 def test_changes_of_the_address_space_are_counted(spawn: Spawn, programs: Programs) -> None:
     marks = WrittenPages(programs)
+    skip_unless_visits_are_told(marks)
     target = spawn("layout")
     with Process(Pid(target.pid)) as process:
         number = marks.add(process)

@@ -76,7 +76,8 @@ def test_fixed_buffers_are_found_as_they_are_now(target: Target, process: Proces
 
 def test_sparse_tables_tell_the_places_that_are_filled(target: Target, process: Process) -> None:
     pins = found(process)
-    target.obey("sparse 0 8")
+    if not target.command("sparse 0 8").startswith("ok"):
+        pytest.skip("cannot run here: no tables that are sparse (before Linux 5.19)")
     assert area_pages(target, pins, process) == []
     target.obey("place 0 5 20 2")
     target.obey("place 0 1 30 1")

@@ -100,6 +100,13 @@ static long do_futex_waitv(struct sleeper *s)
 	return syscall(SYS_futex_waitv, &wait, 1, 0, NULL, 0);
 }
 
+/* From Linux 5.16 on. */
+static void setup_waitv(struct sleeper *s)
+{
+	if (syscall(SYS_futex_waitv, NULL, 0, 0, NULL, 0) < 0 && errno == ENOSYS)
+		s->fd = -1;
+}
+
 static void wake_futex(struct sleeper *s)
 {
 	syscall(SYS_futex, &s->word, FUTEX_WAKE_PRIVATE, 1, NULL, NULL, 0);
@@ -275,6 +282,14 @@ static long do_epoll_pwait_mask(struct sleeper *s)
 	struct epoll_event event;
 
 	return syscall(SYS_epoll_pwait, s->word, &event, 1, -1, usr1_may_come(), 8);
+}
+
+/* From Linux 5.11 on. */
+static void setup_epoll_pwait2(struct sleeper *s)
+{
+	setup_epoll(s);
+	if (syscall(SYS_epoll_pwait2, -1, NULL, 0, NULL, NULL, 0) < 0 && errno == ENOSYS)
+		s->fd = -1;
 }
 
 static long do_epoll_pwait2(struct sleeper *s)
@@ -697,7 +712,7 @@ static struct sleeper sleepers[] = {
 	ON(futex, futex, NULL, wake_futex),
 	ON(futex_timeout, futex_timeout, NULL, wake_futex),
 	ON(futex_until, futex_until, NULL, wake_futex),
-	ON(futex_waitv, futex_waitv, NULL, wake_futex),
+	ON(futex_waitv, futex_waitv, setup_waitv, wake_futex),
 	ON(read_pipe, read, setup_pipe, wake_by_writing),
 	ON(read_eventfd, read, setup_eventfd, wake_by_writing),
 	ON(read_timerfd, read, setup_timerfd, NULL),
@@ -715,7 +730,7 @@ static struct sleeper sleepers[] = {
 	ON(epoll_wait_timeout, epoll_wait_timeout, setup_epoll, wake_by_writing),
 	ON(epoll_pwait, epoll_pwait, setup_epoll, wake_by_writing),
 	ON(epoll_pwait_mask, epoll_pwait_mask, setup_epoll, wake_by_usr1),
-	ON(epoll_pwait2_timeout, epoll_pwait2, setup_epoll, wake_by_writing),
+	ON(epoll_pwait2_timeout, epoll_pwait2, setup_epoll_pwait2, wake_by_writing),
 	ON(recv, recv, setup_pair, wake_by_writing),
 	ON(recv_timeout, recv, setup_pair_timeout, wake_by_writing),
 	ON(recvmsg_timeout, recvmsg, setup_pair_timeout, wake_by_writing),

@@ -25,6 +25,7 @@ TESTS = (
     "tests/live/test_softdirty.py",
     "tests/live/test_exact.py::test_epochs_of_threads_that_write_without_pause_are_exact[1-50]",
     "tests/live/test_exact.py::test_epochs_are_exact_after_any_mixture_of_changes[0]",
+    "tests/live/test_exact.py::test_breakpoints_that_the_kernel_puts_into_code_are_captured",
     "tests/live/test_pins.py",
     "tests/live/test_shared.py::test_each_way_of_changing_shared_memory_is_captured",
     "tests/live/test_tree.py::test_a_family_that_is_there_already_is_captured_whole",

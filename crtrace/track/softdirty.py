@@ -99,8 +99,11 @@ class SoftDirtyArmer(Unbounded):
         and without a bit."""
         self._huge: dict[int, bool] = {}
         """Which devices are hugetlbfs."""
-        self._without_bits = no_pages()
+        self._hugetlb = no_pages()
         """The private mappings of hugetlbfs: the kernel keeps no bits of their pages."""
+        self._without_bits = no_pages()
+        """These, and what is a file's and only read: the kernel puts breakpoints there (uprobes)
+        and tells it in no bit."""
         try_on_ourselves()
         try:
             self._pagemap = process.open("pagemap")
@@ -143,7 +146,7 @@ class SoftDirtyArmer(Unbounded):
             again, (own, _, self._moving) = True, self._bits()
         unarmed = own if merging else intersect(own, self._without_bits)
         changed = merge(dirty, mapped_since, moved, unarmed)
-        self._plant(space, subtract(own, unarmed))
+        self._plant(space, no_pages() if merging else subtract(own, self._hugetlb))
         self._doubtful = False
         return Scan(own if again else intersect(own, changed), subtract(EVERYTHING, own), unarmed)
 
@@ -180,7 +183,9 @@ class SoftDirtyArmer(Unbounded):
             return no_pages()
         before, self._vmas = self._vmas, frozenset(space.vmas)
         self._map_as_of = space.changes
-        self._without_bits = merge(space.ranges(lambda vma: not vma.shared and self._is_huge(vma)))
+        self._hugetlb = merge(space.ranges(lambda vma: not vma.shared and self._is_huge(vma)))
+        code = intersect(space.private_files, space.only_read)
+        self._without_bits = merge(self._hugetlb, code)
         return merge(space.ranges(lambda vma: vma not in before))
 
     def _canaries_live(self, dirty: U64) -> bool:

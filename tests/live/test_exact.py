@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import random
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +15,14 @@ from crtrace.image.resolve import Source
 from crtrace.units import PAGE_SIZE
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged, reader
-from tests.live.harness import Untouched, layout_mismatches, shadow_mismatches
+from tests.live.harness import (
+    Untouched,
+    compile_target,
+    layout_mismatches,
+    maps,
+    read_mem,
+    shadow_mismatches,
+)
 
 
 @pytest.mark.parametrize(("threads", "rate"), [(1, 50), (4, 200), (2, 0)])
@@ -160,3 +171,55 @@ def test_an_epoch_that_failed_is_carried_into_the_next(
         run.take()
         with run.epoch() as epoch:
             assert layout_mismatches(reader(epoch), target) == []
+
+
+UPROBES = Path("/sys/kernel/tracing/uprobe_events")
+
+
+@contextlib.contextmanager
+def probed(program: Path, offset: int) -> Iterator[None]:
+    """Somebody traces where a program passes this place, also of those that run already."""
+    name = f"crtrace_test/at_{offset:x}"
+    define(f"p:{name} {program}:{offset:#x}")
+    enable = UPROBES.parent / "events" / name / "enable"
+    try:
+        enable.write_text("1")
+        yield
+    finally:
+        enable.write_text("0")
+        define(f"-:{name}")
+
+
+def define(probe: str) -> None:
+    """Add a line to the file of all probes, which takes away those before unless it is appended."""
+    events = os.open(UPROBES, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(events, probe.encode())
+    finally:
+        os.close(events)
+
+
+@pytest.mark.skipif(not os.access(UPROBES, os.W_OK), reason="cannot run here: no uprobes")
+def test_breakpoints_that_the_kernel_puts_into_code_are_captured(
+    spawn: Spawn, tmp_path: Path
+) -> None:
+    target, program = spawn("layout"), compile_target("layout")
+    text = next(vma for vma in maps(target.pid) if vma.name == str(program) and "x" in vma.perms)
+    symbols = subprocess.run(["nm", program], capture_output=True, text=True, check=True).stdout
+    places = {
+        line.split()[-1]: int(line[:16], 16) for line in symbols.splitlines() if line[0] != " "
+    }
+
+    def breakpoints() -> list[bool]:
+        code = read_mem(target.pid, text.start, text.end - text.start)
+        return [code[places[name] - text.offset] == 0xCC for name in ("die", "target_on_term")]
+
+    with judged(target.pid, tmp_path / "chain") as judge, contextlib.ExitStack() as probes:
+        judge.take()
+        for count, name in enumerate(("die", "target_on_term"), 1):
+            probes.enter_context(probed(program, places[name]))
+            assert sum(breakpoints()) == count
+            judge.take()
+        probes.close()
+        assert sum(breakpoints()) == 0
+        judge.take()

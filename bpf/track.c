@@ -170,26 +170,33 @@ int fault_of_anybody(struct pt_regs *ctx)
 	return 0;
 }
 
-/* From orig_ax on in struct pt_regs. */
-#define ORIG_AX 120
+/* From si on in struct pt_regs. */
+#define SI 104
 struct user_state {
-	u64 call, ip, cs;
+	u64 second, first, call, ip, cs;
 };
 #define USER_CS 0x33
 
-/* The system call that the current thread is in; of kernel threads none. Numbers of 32-bit calls
- * that look like one of those below do nothing of what is said there. */
-static __always_inline u64 current_call(void)
+/* The system call that the current thread is in, and its second argument; of kernel threads none.
+ * Numbers of 32-bit calls that look like one of those below do nothing of what is said there. */
+static __always_inline u64 current_call(u64 *second)
 {
 	void *regs = (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
 	struct user_state user = {};
 
-	if (bpf_probe_read_kernel(&user, sizeof(user), regs + ORIG_AX))
+	if (bpf_probe_read_kernel(&user, sizeof(user), regs + SI))
 		return -1;
 	/* The kernel's own threads have only zeros there, workers that it gives a process no ip. */
 	if (!user.ip || (user.cs & 0xffff) != USER_CS)
 		return -1;
+	*second = user.second;
 	return user.call;
+}
+
+/* Whether the current thread moves memory together with its page tables: mremap() of so much. */
+static __always_inline bool moves_tables(u64 call, u64 size)
+{
+	return call == 25 && size >> REGION_SHIFT;
 }
 
 /*
@@ -239,9 +246,14 @@ static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space,
 	return true;
 }
 #else
-static __always_inline u64 current_call(void)
+static __always_inline u64 current_call(u64 *second)
 {
 	return -1;
+}
+
+static __always_inline bool moves_tables(u64 call, u64 size)
+{
+	return true;
 }
 
 static __always_inline bool writes_behind(u64 call)
@@ -269,6 +281,28 @@ static __always_inline bool changes(struct visits *counted, u64 who, bool writes
 	if (!over && writes)
 		counted->writer = who;
 	return writes || did;
+}
+
+/* The first eight bytes of these names. */
+#define KSMD 0x646d736bULL
+#define KHUGEPAGED 0x676170656775686bULL
+
+/*
+ * Whether this visit may put other pages in place, or move them, so that their soft-dirty bits are
+ * lost: KSM by merging, uprobes by a breakpoint, mremap by whole page tables. Others who want the
+ * lock for writing are rare, but for the thread that makes huge pages: those are dirty as a whole.
+ */
+static __always_inline bool replaces(bool at_home, bool for_reading, u64 call, u64 size)
+{
+	char name[16] = {};
+
+	if (at_home)
+		return !for_reading && moves_tables(call, size);
+	bpf_get_current_comm(name, sizeof(name));
+
+	u64 begins = *(u64 *)name;
+
+	return for_reading ? begins == KSMD : begins != KHUGEPAGED;
 }
 
 /*
@@ -305,11 +339,16 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 	if (marked && for_reading)
 		return;
 
-	u64 call = current_call();
+	u64 size = 0, call = current_call(&size);
 
 	value = homes.lookup(&tgid);
-	if (!value || *value != space || (!faults && writes_behind(call)))
+
+	bool at_home = value && *value == space;
+
+	if (!at_home || (!faults && writes_behind(call)))
 		__sync_fetch_and_add(&counted->foreign, 1);
+	if (replaces(at_home, for_reading, call, size))
+		__sync_fetch_and_add(&counted->replaced, 1);
 	if (!for_reading || !is_plain(counted, who, space, call, over))
 		__sync_fetch_and_add(&counted->all, 1);
 }
@@ -347,6 +386,14 @@ RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 RAW_TRACEPOINT_PROBE(mm_vmscan_lru_shrink_inactive)
 {
 	count(TOTAL_RECLAIMS);
+	return 0;
+}
+
+/* Attached only where soft-dirty bits are used: whoever clears the bit of a page on its way to other
+ * memory does not protect it. The kernel passes here while it holds the lock of that page table. */
+int migrating(struct bpf_raw_tracepoint_args *ctx)
+{
+	count(TOTAL_MIGRATIONS);
 	return 0;
 }
 

@@ -39,6 +39,7 @@ struct visits {
 	__u64 begun;   /* plain visits */
 	__u64 plain;   /* those of them that are not over; behind `begun`, which it is read after */
 	__u64 writer;  /* the thread that is changing the address space */
+	__u64 replaced; /* those that may have lost soft-dirty bits */
 	__u32 number;  /* what the writes of others are marked under; that of no process */
 	__u32 reserved;
 };
@@ -52,6 +53,7 @@ enum total {
 	TOTAL_LOST_CHILDREN, /* forks that found no room among the targets */
 	TOTAL_UNTOLD,        /* regions that found no room in the ring */
 	TOTAL_RECLAIMS,      /* times that the machine looked for memory to take back */
+	TOTAL_MIGRATIONS,    /* pages that were about to be moved to other memory, if asked for */
 	TOTAL_COUNT
 };
 
@@ -68,6 +70,6 @@ enum controller {
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
 _Static_assert(sizeof(struct target) == 32, "target");
-_Static_assert(sizeof(struct visits) == 56, "visits");
+_Static_assert(sizeof(struct visits) == 64, "visits");
 
 #endif

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from crtrace.errors import TargetGone
@@ -17,7 +17,7 @@ from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Armer, How, Scan, nobody
+from crtrace.track.armer import Armer, How, Scan
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
 from crtrace.track.dirty import Evidence, WrittenPages
@@ -81,6 +81,8 @@ class Target:
             if space:
                 self._guide = Guide(marks, space, number)
                 self._guide.settle(tgids)
+                if armer.stands_still:
+                    self._guide.migrated()  # sees to it that they are counted
 
     def close(self) -> None:
         """Disarm; the process goes on. It may be called twice."""
@@ -143,8 +145,11 @@ class Target:
         guide = self._guide_for(tgids)
         if not guide:
             self.doubt()
-            others = partial(self._guide.others, tgids) if self._guide else nobody
-            return self.armer.scan(self.map, How(stopped, beside=beside, others=others))
+            how, told = How(stopped, beside=beside), self._guide
+            if told:
+                others = partial(told.others, tgids)
+                how = replace(how, others=others, replaced=told.replaced, migrated=told.migrated)
+            return self.armer.scan(self.map, how)
         evidence = guide.evidence(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
         scan = self.armer.scan(self.map, How(stopped, within, beside))

@@ -11,12 +11,13 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.stop import StoppedProcess
 from crtrace.units import U64, no_pages
 
-Others = Callable[[], object]
-"""Equal as long as nobody has written who does not stand still with the target."""
+Evidence = Callable[[], object]
+"""What it returns is equal as long as something has not happened."""
 
 
-def nobody() -> None:
-    """The ``others`` of who has none, or knows nothing of them."""
+def unknown() -> object:
+    """Of what nobody tells: it may have happened."""
+    return object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,12 @@ class How:
     but what bounded scans have found."""
     beside: ThreadPoolExecutor | None = None
     """A thread that may do a part of it."""
-    others: Others = nobody
+    others: Evidence = unknown
+    """Of writes by who does not stand still with the target."""
+    replaced: Evidence = unknown
+    """Of pages that were put in the place of others, or moved, so that soft-dirty bits are lost."""
+    migrated: Evidence = unknown
+    """Of pages that have set out for other memory."""
 
 
 @dataclass(frozen=True, slots=True)

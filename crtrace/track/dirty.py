@@ -20,7 +20,7 @@ from crtrace.linux.bpf import Array
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.loader import KEY, Programs
+from crtrace.track.loader import KEY, MIGRATIONS, Programs
 from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, distinct, to_ranges
 
 log = logging.getLogger("crtrace")
@@ -43,14 +43,15 @@ VISITS = np.dtype(
         ("begun", "<u8"),
         ("plain", "<u8"),
         ("writer", "<u8"),
+        ("replaced", "<u8"),
         ("number", "<u4"),
         ("reserved", "<u4"),
     ]
 )
-assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 56], "bpf/track.h"
+assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 64], "bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
-_LOST_CHILDREN, _UNTOLD, _RECLAIMS = range(3)
+_LOST_CHILDREN, _UNTOLD, _RECLAIMS, _MIGRATIONS = range(4)
 """Indices of ``totals``, as in bpf/track.h."""
 _OWN_TGID, _OWN_SPACE, _VISITED, _COVERS = range(4)
 """Indices of ``controller``, as in bpf/track.h."""
@@ -88,6 +89,7 @@ class Visits:
     written: int
     begun: int
     plain: int
+    replaced: int
 
 
 Evidence = tuple[int, ...]
@@ -99,7 +101,9 @@ class WrittenPages:
 
     def __init__(self, programs: Programs) -> None:
         self._maps = programs.maps
-        self._resolver = programs.resolver
+        self._resolver, self._migrating = programs.resolver, programs.migrating
+        self._attachments = programs.attachments
+        self._counts_migrations: bool | None = None
         self._written = [bpf.Elements(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
         self._ring = programs.ring
         generation = _u32(0)
@@ -294,6 +298,26 @@ class WrittenPages:
         but writes in such a way that the data may come after a scan has armed the page again."""
         return self._visits(space).foreign
 
+    def replaced(self, space: int) -> int:
+        """How often somebody may have put other pages in place, or moved some, so that soft-dirty
+        bits do not tell."""
+        return self._visits(space).replaced
+
+    def migrations(self) -> object:
+        """What stays the same while no page, of anybody's, sets out for other memory."""
+        if self._counts_migrations is None:
+            self._counts_migrations = self._count_migrations()
+        return self._get("totals", _MIGRATIONS) if self._counts_migrations else object()
+
+    def _count_migrations(self) -> bool:
+        try:
+            for event in MIGRATIONS:
+                self._attachments.append(bpf.attach_raw_tracepoint(self._migrating, event))
+        except OSError as error:
+            log.debug("nobody tells of pages that move: %s", error)
+            return False
+        return True
+
     def plain_visits(self, space: int) -> int:
         """How many visits have begun that change memory by page faults only."""
         return self._visits(space).begun
@@ -306,7 +330,8 @@ class WrittenPages:
         value = np.zeros(1, dtype=VISITS)
         bpf.lookup(self._maps["visits"], _u64(space), value)
         row = value[0]
-        return Visits(*(int(row[name]) for name in ("all", "foreign", "written", "begun", "plain")))
+        names = ("all", "foreign", "written", "begun", "plain", "replaced")
+        return Visits(*(int(row[name]) for name in names))
 
     def _missed(self) -> int:
         """Faults at which the program that marks the writes of others could not run."""

@@ -86,6 +86,14 @@ class Guide:
         """What stays the same while nobody writes who does not stand still with the target."""
         return self._marks.written_meanwhile(self._space, tgids)
 
+    def replaced(self) -> int:
+        """What stays the same while soft-dirty bits tell all."""
+        return self._marks.replaced(self._space)
+
+    def migrated(self) -> object:
+        """What stays the same while no page sets out for other memory."""
+        return self._marks.migrations()
+
     def holds(self, evidence: Evidence) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""
         return evidence == self._since and not self._blind

@@ -56,6 +56,9 @@ TRACEPOINTS = (
 OLD_KERNEL = "-DOLD_KERNEL"
 """Before Linux 5.11 there are no tracepoints of the mmap lock, before 5.12 no atomic "or"."""
 RESOLVER = "resolve"
+MIGRATING = "migrating"
+MIGRATIONS = ("set_migration_pte", "set_migration_pmd")
+"""Raw tracepoints, from Linux 5.18 on, that this program can be attached to."""
 COVERING, COVERED = "fault_of_anybody", "handle_mm_fault"
 """The program that marks what others write, and the kernel's function at which it runs."""
 
@@ -72,6 +75,7 @@ class Programs:
     maps: dict[str, int]
     ring: bpf.Ring
     resolver: int
+    migrating: int
     covering: int
     locks: bool
     attachments: list[int]
@@ -92,11 +96,17 @@ class Programs:
     def close(self) -> None:
         """Detach and unload everything; it may be called twice."""
         self.ring.close()
-        for fd in (*self.maps.values(), self.resolver, self.covering, *self.attachments):
+        for fd in (
+            *self.maps.values(),
+            self.resolver,
+            self.migrating,
+            self.covering,
+            *self.attachments,
+        ):
             if fd >= 0:
                 os.close(fd)
         self.maps, self.attachments = {}, []
-        self.resolver = self.covering = -1
+        self.resolver = self.migrating = self.covering = -1
 
 
 class Loading:
@@ -156,14 +166,14 @@ class Loading:
             maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
             ring = bpf.Ring(maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
             undo.pop_all()
-        resolver = loaded.pop(RESOLVER)
+        resolver, migrating = loaded.pop(RESOLVER), loaded.pop(MIGRATING)
         for fd in loaded.values():
             os.close(fd)  # what is attached stays
         covering = covered.pop(0) if covered else -1
         seconds = time.monotonic() - self._began
         locks = any(name.endswith(LOCKS[0]) for name in loaded)
         return Programs(
-            maps, ring, resolver, covering, locks, attachments + covered, seconds, origin
+            maps, ring, resolver, migrating, covering, locks, attachments + covered, seconds, origin
         )
 
     def _cover(self, code: Bytecode, fds: list[int]) -> tuple[int, ...]:
@@ -286,7 +296,8 @@ def _compiled_with(known: list[str], headers: str) -> Bytecode:
         *known,
     ]
     program = BPF(src_file=str(folder / "track.c"), cflags=flags)
-    program.load_func(RESOLVER, BPF.RAW_TRACEPOINT)
+    for name in (RESOLVER, MIGRATING):
+        program.load_func(name, BPF.RAW_TRACEPOINT)
     tables = [program[name] for name in MAPS]
     return Bytecode(
         headers,
@@ -325,6 +336,7 @@ def _programs(program: Any, fds: list[int], known: list[str]) -> list[BpfProgram
         **{f"tracepoint__{category}__{each}": bpf.TRACEPOINT for category, each in TRACEPOINTS},
         **{f"raw_tracepoint__{each}": bpf.RAW_TRACEPOINT for each in raw},
         RESOLVER: bpf.RAW_TRACEPOINT,
+        MIGRATING: bpf.RAW_TRACEPOINT,
     }
     if len(known) > 1:
         kinds[COVERING] = bpf.KPROBE

@@ -40,8 +40,7 @@ from crtrace.units import (
 )
 
 SINCE = (6, 1)
-"""The oldest Linux on which this was tried of those that tell what it takes: who else is in the
-target's memory (5.12), and whether pages of it are merged (5.19)."""
+"""The oldest Linux on which this was tried, of those that tell who is in the target's memory."""
 CANARIES = 4
 """Pages that are kept soft-dirty, so that somebody else's clearing shows."""
 DIRTY = Filter(need=SOFT_DIRTY, exclude=pagemap.OWN.exclude)
@@ -86,7 +85,7 @@ class SoftDirtyArmer(Unbounded):
     def __init__(self, process: Process, space: AddressSpace) -> None:
         self._process = process
         self._space = space
-        self._pagemap = self._clear_refs = self._mem = self._merging = -1
+        self._pagemap = self._clear_refs = self._mem = -1
         self._doubtful = True
         """The bits do not tell what was written."""
         self._vmas: frozenset[Vma] = frozenset()
@@ -99,20 +98,15 @@ class SoftDirtyArmer(Unbounded):
         and without a bit."""
         self._huge: dict[int, bool] = {}
         """Which devices are hugetlbfs."""
-        self._hugetlb = no_pages()
-        """The private mappings of hugetlbfs: the kernel keeps no bits of their pages."""
+        self._replaced: object = None
+        """As of the last scan."""
         self._without_bits = no_pages()
-        """These, and what is a file's and only read: the kernel puts breakpoints there (uprobes)
-        and tells it in no bit."""
+        """The private mappings of hugetlbfs: the kernel keeps no bits of their pages."""
         try_on_ourselves()
         try:
             self._pagemap = process.open("pagemap")
             self._clear_refs = process.open("clear_refs", os.O_WRONLY)
             self._mem = process.open("mem", os.O_RDWR)
-            with suppress(FileNotFoundError):  # CONFIG_KSM
-                self._merging = os.open(
-                    "ksm_merging_pages", os.O_RDONLY | os.O_CLOEXEC, dir_fd=process.dirfd
-                )
             self._scanner = _scanner(self._pagemap, space)
         except BaseException:
             self.close()
@@ -136,36 +130,34 @@ class SoftDirtyArmer(Unbounded):
         if not how.stopped:
             raise ValueError("soft-dirty bits are only read while the target is stopped")
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
-        mapped_since, before = self._compare_map(space), how.others()
+        replaced, self._replaced = self._replaced, how.replaced()
+        mapped_since = self._compare_map(space)
+        migrated, before = how.migrated(), how.others()
         own, dirty, away = self._bits()
         moved, self._moving = self._moving, intersect(dirty, away)
-        again |= not self._canaries_live(dirty)
-        merging = self._merges()
+        again |= self._replaced != replaced or not self._canaries_live(dirty)
         self._clear()
         if how.others() != before:  # then bits came and went in between
             again, (own, _, self._moving) = True, self._bits()
-        unarmed = own if merging else intersect(own, self._without_bits)
+        unarmed = intersect(own, self._without_bits)
         changed = merge(dirty, mapped_since, moved, unarmed)
-        self._plant(space, no_pages() if merging else subtract(own, self._hugetlb))
-        self._doubtful = False
+        self._plant(space, subtract(own, unarmed))
+        # Who sets out meanwhile may arrive writable, and without a bit.
+        self._doubtful = how.migrated() != migrated
         return Scan(own if again else intersect(own, changed), subtract(EVERYTHING, own), unarmed)
 
     def _bits(self) -> tuple[U64, U64, U64]:
-        """Own pages, those with the bit, and those that are not in place."""
+        """Own pages, those with the bit or of a kind that has none, and those not in place."""
         ranges, categories = self._scanner.scan(pagemap.OWN, report=SOFT_DIRTY | SWAPPED)
+        zeros, _ = self._scanner.scan(pagemap.ZEROS, self._space.private_files)
         dirty = categories & np.uint64(SOFT_DIRTY) != 0
         away = categories & np.uint64(SWAPPED) != 0
         private = self._space.private
         return (
-            intersect(merge(ranges), private),
-            intersect(merge(ranges[dirty]), private),
+            intersect(merge(ranges, zeros), private),
+            intersect(merge(ranges[dirty], zeros), private),
             intersect(merge(ranges[away]), private),
         )
-
-    def _merges(self) -> bool:
-        """Whether a page of it is one with others now: KSM forgets the bit of what it merges. One
-        that is merged no more was written for that, and has its bit."""
-        return self._merging >= 0 and int(os.pread(self._merging, 32, 0) or 0) > 0
 
     def _clear(self) -> None:
         point("write /proc/PID/clear_refs")
@@ -183,9 +175,7 @@ class SoftDirtyArmer(Unbounded):
             return no_pages()
         before, self._vmas = self._vmas, frozenset(space.vmas)
         self._map_as_of = space.changes
-        self._hugetlb = merge(space.ranges(lambda vma: not vma.shared and self._is_huge(vma)))
-        code = intersect(space.private_files, space.only_read)
-        self._without_bits = merge(self._hugetlb, code)
+        self._without_bits = merge(space.ranges(lambda vma: not vma.shared and self._is_huge(vma)))
         return merge(space.ranges(lambda vma: vma not in before))
 
     def _canaries_live(self, dirty: U64) -> bool:
@@ -237,7 +227,7 @@ class SoftDirtyArmer(Unbounded):
 
     def close(self) -> None:
         """See :class:`crtrace.track.armer.Armer`."""
-        for name in ("_pagemap", "_clear_refs", "_mem", "_merging"):
+        for name in ("_pagemap", "_clear_refs", "_mem"):
             fd = getattr(self, name)
             if fd >= 0:
                 os.close(fd)

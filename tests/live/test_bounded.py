@@ -300,6 +300,27 @@ def test_what_a_target_writes_as_others_do_counts_as_theirs() -> None:
             assert min(visits(way) for _ in range(5)) > 0, way
 
 
+def test_what_may_lose_soft_dirty_bits_is_counted_and_little_else() -> None:
+    if not kernel_types():
+        pytest.skip("cannot run here: the kernel has no BTF")
+    with (
+        Loading().result() as programs,
+        Target("ways", "--seed", 1, "--ring", 0) as target,
+        Process(Pid(target.pid)) as process,
+    ):
+        marks = WrittenPages(programs)
+        tgid = marks.add(process)
+        space, _ = marks.space_behind(partial(_look, process))
+        marks.live_in(space, tgid)
+        for way in ("table_exchange", "threads", "brk", "move", "unmap_and_map", "vm_writev"):
+            before = marks.replaced(space)
+            assert target.command(way) == "ok"
+            assert (marks.replaced(space) > before) == (way == "table_exchange"), way
+        before = marks.replaced(space)
+        os.system(f"cat /proc/{process.pid}/smaps > /dev/null")
+        assert marks.replaced(space) == before
+
+
 @pytest.mark.usefixtures("userfaultfd")
 def test_what_was_found_while_somebody_else_was_there_is_read_again(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -178,25 +178,18 @@ UPROBES = Path("/sys/kernel/tracing/uprobe_events")
 
 @contextlib.contextmanager
 def probed(program: Path, offset: int) -> Iterator[None]:
-    """Somebody traces where a program passes this place, also of those that run already."""
+    """Somebody else traces where a program passes a place, also of those that run already."""
     name = f"crtrace_test/at_{offset:x}"
-    define(f"p:{name} {program}:{offset:#x}")
     enable = UPROBES.parent / "events" / name / "enable"
+    shell(f"echo p:{name} {program}:{offset:#x} >> {UPROBES} && echo 1 > {enable}")
     try:
-        enable.write_text("1")
         yield
     finally:
-        enable.write_text("0")
-        define(f"-:{name}")
+        shell(f"echo 0 > {enable}; echo -:{name} >> {UPROBES}")
 
 
-def define(probe: str) -> None:
-    """Add a line to the file of all probes, which takes away those before unless it is appended."""
-    events = os.open(UPROBES, os.O_WRONLY | os.O_APPEND)
-    try:
-        os.write(events, probe.encode())
-    finally:
-        os.close(events)
+def shell(command: str) -> None:
+    subprocess.run(["sh", "-c", command], check=True)
 
 
 @pytest.mark.skipif(not os.access(UPROBES, os.W_OK), reason="cannot run here: no uprobes")

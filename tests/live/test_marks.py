@@ -23,6 +23,7 @@ from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import (
     COVERING,
     LOCKS,
+    MIGRATING,
     RAW_TRACEPOINTS,
     RESOLVER,
     TRACEPOINTS,
@@ -58,7 +59,7 @@ def test_bpf_compiles_without_warnings() -> None:
     done = subprocess.run(command, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, b"")
     names = {each.name.rpartition("__")[2] for each in Bytecode.unpack(done.stdout).programs}
-    always = {*RAW_TRACEPOINTS, *(name for _, name in TRACEPOINTS), RESOLVER}
+    always = {*RAW_TRACEPOINTS, *(name for _, name in TRACEPOINTS), RESOLVER, MIGRATING}
     assert names - {*LOCKS, COVERING} == always
     assert names & {*LOCKS} == (set() if kernel_version() < (5, 12) else {*LOCKS})
     assert bool(kernel_types()) == (COVERING in names)

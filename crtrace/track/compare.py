@@ -43,7 +43,8 @@ class CompareArmer(Unbounded):
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
         ranges, _ = self._scanner.scan(pagemap.OWN)
-        return merge(ranges)
+        zeros, _ = self._scanner.scan(pagemap.ZEROS, self._space.private_files)
+        return merge(ranges, zeros)
 
     def close(self) -> None:
         """See :class:`crtrace.track.armer.Armer`."""

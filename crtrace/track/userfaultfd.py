@@ -19,7 +19,7 @@ import numpy as np
 
 from crtrace.errors import FeatureMissing, TargetBusy
 from crtrace.linux import pagemap, uffd
-from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
 from crtrace.linux.libc import syscall
 from crtrace.linux.pagemap import Filter, KernelScanner
@@ -27,7 +27,7 @@ from crtrace.linux.procfs import Process, Vma, calls_exec
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import How, Look, Scan
-from crtrace.track.windows import effort, halves, joined, large, worth_while
+from crtrace.track.windows import effort, joined, large, middle, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -180,12 +180,12 @@ class UserfaultfdArmer:
         if self._uncleared:
             self._clear_marks(space, how.stopped)
         written, absent, markers = self._look_through(space, windows, how.beside)
-        of_files = self._of_files(space)
-        gone = merge(space.not_private, absent, of_files)
+        of_files, zeros = self._of_files(space)
+        gone = merge(space.not_private, subtract(absent, zeros), of_files)
         if windows is None and not how.stopped:
             present = count_pages(subtract(space.private, absent))
             self._effort = effort(present, len(space.vmas))
-        found = merge(subtract(written, of_files), fresh, markers)
+        found = merge(subtract(written, of_files), fresh, markers, zeros)
         self._doubtful = False
         return Scan(found, gone, unarmed, windows is not None)
 
@@ -222,7 +222,9 @@ class UserfaultfdArmer:
 
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""
-        low, high = halves(space.mapped)
+        cut = middle(space.mapped)
+        low = np.array([[0, cut]], dtype=np.uint64)
+        high = np.array([[cut, EVERYTHING[0, 1]]], dtype=np.uint64)
         upper, lower = _at_once(
             beside,
             lambda: self._scanner.scan(WRITTEN_OR_NOTHING, high, report=_TOLD_APART),
@@ -329,14 +331,20 @@ class UserfaultfdArmer:
         self._swapped, self._absent = out, absent
         return absent, markers
 
-    def _of_files(self, space: AddressSpace) -> U64:
-        """The parts of private file mappings whose contents are those of the file.
+    def _of_files(self, space: AddressSpace) -> tuple[U64, U64]:
+        """The parts of private file mappings whose contents are those of the file; and pages in
+        them that KSM has found to be zeros, which are not armed.
 
         To ask of every page whether it is its file's takes ten times as long as the scan itself, so
         only where files are mapped it is asked.
         """
-        own, _ = self._scanner.scan(pagemap.OWN, joined(space.private_files, SMALL_GAP))
-        return subtract(space.private_files, merge(own))
+        own, categories = self._scanner.scan(
+            pagemap.OWN_OF_FILE, joined(space.private_files, SMALL_GAP), report=pagemap.PFNZERO
+        )
+        zeros = own[categories != 0]
+        if len(zeros):
+            zeros = intersect(zeros, space.private_files)
+        return subtract(space.private_files, merge(own)), zeros
 
     def close(self) -> None:
         """Lift every protection by closing the userfaultfd."""

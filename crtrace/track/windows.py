@@ -45,14 +45,11 @@ def worth_while(within: U64, effort: int, *, beside: bool) -> U64 | None:
     return windows if count_pages(windows) + A_CALL * len(windows) < least else None
 
 
-def halves(ranges: U64) -> tuple[U64, U64]:
-    """A range array as two of as many pages, the lower ones first."""
+def middle(ranges: U64) -> int:
+    """The page that as many pages of a range array are below as are not; 0 if there are none."""
     if not len(ranges):
-        return ranges, ranges
+        return 0
     counted = (ranges[:, 1] - ranges[:, 0]).cumsum()
     half = counted[-1] // np.uint64(2)
-    at = int(counted.searchsorted(half))
-    cut = ranges[at, 1] - (counted[at] - half)
-    low, high = ranges[: at + 1].copy(), ranges[at:].copy()
-    low[-1, 1] = high[0, 0] = cut
-    return low[low[:, 0] < low[:, 1]], high[high[:, 0] < high[:, 1]]
+    at = counted.searchsorted(half)
+    return int(ranges[at, 1] - (counted[at] - half))

@@ -1230,6 +1230,15 @@ static void setup_thp(struct area *a)
 	store(a, 0, a->pages);
 }
 
+/* Small pages that fill a page table, which can be moved as a whole. */
+static void setup_table(struct area *a)
+{
+	setup_thp(a);
+	if (madvise(a->at, HUGE_PAGE, MADV_NOHUGEPAGE) || madvise(a->at, HUGE_PAGE, MADV_DONTNEED))
+		die("small pages");
+	store(a, 0, a->pages);
+}
+
 static const char *way_thp(struct area *a)
 {
 	store(a, draw(a->pages), 1);
@@ -1298,6 +1307,11 @@ static const char *way_thp_move(struct area *a)
 static const char *way_thp_exchange(struct area *a)
 {
 	return exchange(a, a->second, huge_place(HUGE_PAGE));
+}
+
+static const char *way_table_exchange(struct area *a)
+{
+	return way_thp_exchange(a);
 }
 
 static const char *way_thp_zero(struct area *a)
@@ -1444,6 +1458,17 @@ static const char *show_file(struct area *a, size_t page, size_t count)
 	memset(a->shadow + page * PAGE, 0, bytes);
 	return pread(a->fd, a->shadow + page * PAGE, bytes, page * PAGE) < 0 ? refused("pread")
 									      : NULL;
+}
+
+static void setup_mergeable_file(struct area *a)
+{
+	setup_private_file(a);
+	madvise(a->at, a->pages * PAGE, MADV_MERGEABLE);
+}
+
+static const char *way_file_ksm_zero(struct area *a)
+{
+	return way_ksm_zero(a);
 }
 
 static const char *way_file_write(struct area *a)
@@ -1673,6 +1698,7 @@ static struct way ways[] = {
 	SAME(collapse_as_is),
 	SAME(collapse),
 	TWO(thp_exchange, setup_thp),
+	TWO(table_exchange, setup_table),
 	WAY(hugetlb, setup_hugetlb_private),
 	SAME(hugetlb_drop),
 	{ "hugetlb_shared", setup_hugetlb_shared, way_hugetlb, false, false, { 0 }, { 0 }, NULL },
@@ -1680,6 +1706,7 @@ static struct way ways[] = {
 	WAY(ksm_zero, setup_mergeable),
 	WAY(file_write, setup_private_file),
 	WAY(file_drop, setup_private_file),
+	WAY(file_ksm_zero, setup_mergeable_file),
 	WAY(file_pageout, setup_private_file),
 	WAY(file_changed, setup_private_file),
 	WAY(file_truncated, setup_private_file),
@@ -1695,8 +1722,8 @@ static struct way ways[] = {
 
 static void setup_area(struct way *way, struct area *a)
 {
-	bool huge = !strncmp(way->name, "thp", 3) || !strncmp(way->name, "hugetlb", 7) ||
-		    way->act == way_aio_direct_at_full_speed;
+	bool huge = !strncmp(way->name, "thp", 3) || !strncmp(way->name, "table", 5) ||
+		    !strncmp(way->name, "hugetlb", 7) || way->act == way_aio_direct_at_full_speed;
 
 	a->pages = huge ? HUGE_PAGES : PAGES;
 	a->fd = a->other = -1;

@@ -85,8 +85,9 @@ class PageTable:
         if not len(regions):
             return np.empty(0, dtype=np.uint64)
         bitmaps = np.empty((len(rows), REGION_PAGES), dtype=np.bool_)
-        for slab in distinct(rows // SLAB_REGIONS).tolist():
-            which = rows // SLAB_REGIONS == slab
+        slabs = rows // SLAB_REGIONS
+        for slab in distinct(slabs).tolist():
+            which = slabs == slab
             bitmaps[which] = self._known[slab].reshape(-1, REGION_PAGES)[rows[which] % SLAB_REGIONS]
         known = bitmaps.reshape(-1)
         if len(present):

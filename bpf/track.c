@@ -137,6 +137,11 @@ RAW_TRACEPOINT_PROBE(page_fault_kernel)
 	return 0;
 }
 
+/* A part of struct pt_regs, as a system call leaves it. */
+struct user_state {
+	u64 second, first, call, ip, cs;
+};
+
 #ifdef VMA_MM_OFFSET
 #define FAULT_FLAG_WRITE 1
 
@@ -170,33 +175,31 @@ int fault_of_anybody(struct pt_regs *ctx)
 	return 0;
 }
 
-/* From si on in struct pt_regs. */
-#define SI 104
-struct user_state {
-	u64 second, first, call, ip, cs;
-};
+#define SI 104 /* where that begins */
 #define USER_CS 0x33
 
-/* The system call that the current thread is in, and its second argument; of kernel threads none.
- * Numbers of 32-bit calls that look like one of those below do nothing of what is said there. */
-static __always_inline u64 current_call(u64 *second)
+/* The system call that the current thread is in, with its arguments in `user`; of kernel threads
+ * none. Numbers of 32-bit calls that look like one of those below do nothing of what is said there. */
+static __always_inline u64 current_call(struct user_state *user)
 {
 	void *regs = (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
-	struct user_state user = {};
 
-	if (bpf_probe_read_kernel(&user, sizeof(user), regs + SI))
+	if (bpf_probe_read_kernel(user, sizeof(*user), regs + SI))
 		return -1;
 	/* The kernel's own threads have only zeros there, workers that it gives a process no ip. */
-	if (!user.ip || (user.cs & 0xffff) != USER_CS)
+	if (!user->ip || (user->cs & 0xffff) != USER_CS)
 		return -1;
-	*second = user.second;
-	return user.call;
+	return user->call;
 }
 
-/* Whether the current thread moves memory together with its page tables: mremap() of so much. */
-static __always_inline bool moves_tables(u64 call, u64 size)
+/* Whether the current thread may move memory together with its page tables, each of which is for an
+ * aligned region: by mremap(address, size), if that reaches the end of one. */
+static __always_inline bool moves_tables(u64 call, struct user_state *user)
 {
-	return call == 25 && size >> REGION_SHIFT;
+	u64 inside = user->first & ((1 << REGION_SHIFT) - 1);
+	u64 size = user->second + (1 << PAGE_SHIFT_4K) - 1;
+
+	return call == 25 && (inside + size) >> REGION_SHIFT;
 }
 
 /*
@@ -246,12 +249,12 @@ static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space,
 	return true;
 }
 #else
-static __always_inline u64 current_call(u64 *second)
+static __always_inline u64 current_call(struct user_state *user)
 {
 	return -1;
 }
 
-static __always_inline bool moves_tables(u64 call, u64 size)
+static __always_inline bool moves_tables(u64 call, struct user_state *user)
 {
 	return true;
 }
@@ -292,12 +295,13 @@ static __always_inline bool changes(struct visits *counted, u64 who, bool writes
  * lost: KSM by merging, uprobes by a breakpoint, mremap by whole page tables. Others who want the
  * lock for writing are rare, but for the thread that makes huge pages: those are dirty as a whole.
  */
-static __always_inline bool replaces(bool at_home, bool for_reading, u64 call, u64 size)
+static __always_inline bool replaces(bool at_home, bool for_reading, u64 call,
+				     struct user_state *user)
 {
 	char name[16] = {};
 
 	if (at_home)
-		return !for_reading && moves_tables(call, size);
+		return !for_reading && moves_tables(call, user);
 	bpf_get_current_comm(name, sizeof(name));
 
 	u64 begins = *(u64 *)name;
@@ -339,7 +343,8 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 	if (marked && for_reading)
 		return;
 
-	u64 size = 0, call = current_call(&size);
+	struct user_state user = {};
+	u64 call = current_call(&user);
 
 	value = homes.lookup(&tgid);
 
@@ -347,7 +352,7 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 
 	if (!at_home || (!faults && writes_behind(call)))
 		__sync_fetch_and_add(&counted->foreign, 1);
-	if (replaces(at_home, for_reading, call, size))
+	if (replaces(at_home, for_reading, call, &user))
 		__sync_fetch_and_add(&counted->replaced, 1);
 	if (!for_reading || !is_plain(counted, who, space, call, over))
 		__sync_fetch_and_add(&counted->all, 1);

@@ -83,6 +83,7 @@ WAYS = {
     "huge pages moved": "thp_move",
     "huge pages exchanged": "thp_exchange",
     "page tables exchanged": "table_exchange",
+    "page tables with few pages exchanged": "end_of_table",
     "the huge zero page": "thp_zero",
     "huge pages swapped out": "thp_pageout",
     "hugetlb": "hugetlb",

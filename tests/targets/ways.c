@@ -1314,6 +1314,33 @@ static const char *way_table_exchange(struct area *a)
 	return way_thp_exchange(a);
 }
 
+/* A place at the end of what a page table is for, with nothing else there. */
+static char *end_of_table(size_t bytes)
+{
+	char *at = huge_place(HUGE_PAGE);
+
+	if (munmap(at, HUGE_PAGE - bytes))
+		die("munmap");
+	return at + HUGE_PAGE - bytes;
+}
+
+static void setup_end_of_table(struct area *a)
+{
+	size_t bytes = a->pages * PAGE;
+
+	a->at = mmap(end_of_table(bytes), bytes, PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+	if (a->at == MAP_FAILED)
+		die("mmap");
+	store(a, 0, a->pages);
+}
+
+/* Newer kernels move the whole table then, too. */
+static const char *way_end_of_table(struct area *a)
+{
+	return exchange(a, a->second, end_of_table(a->pages * PAGE));
+}
+
 static const char *way_thp_zero(struct area *a)
 {
 	const char *why = advise(a, 0, a->pages, MADV_DONTNEED);
@@ -1699,6 +1726,7 @@ static struct way ways[] = {
 	SAME(collapse),
 	TWO(thp_exchange, setup_thp),
 	TWO(table_exchange, setup_table),
+	TWO(end_of_table, setup_end_of_table),
 	WAY(hugetlb, setup_hugetlb_private),
 	SAME(hugetlb_drop),
 	{ "hugetlb_shared", setup_hugetlb_shared, way_hugetlb, false, false, { 0 }, { 0 }, NULL },

@@ -12,7 +12,7 @@ A_CALL, A_MAPPING = 2_048, 512
 """Pages that a scan passes over while another would be begun, and while it begins with a VMA. They
 only decide which of two exact ways is taken."""
 HELP = 2
-"""How many times as fast everything is looked at with a second thread."""
+"""About how many times as fast everything is looked at with a second thread."""
 
 
 def effort(pages: int, mappings: int) -> int:

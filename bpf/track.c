@@ -199,7 +199,22 @@ static __always_inline bool moves_tables(u64 call, struct user_state *user)
 	u64 inside = user->first & ((1 << REGION_SHIFT) - 1);
 	u64 size = user->second + (1 << PAGE_SHIFT_4K) - 1;
 
+	if (call == 163 || call == (25 | 1 << 30)) /* as 32-bit code and x32 call it */
+		return true;
 	return call == 25 && (inside + size) >> REGION_SHIFT;
+}
+
+/* Whether a call of the current thread's that changes the address space can make a mapping... */
+static __always_inline bool maps(u64 call)
+{
+	return call == 9 || call == 12 || call == 25 /* mmap, brk, mremap */ || call == 206 /* io_setup */;
+}
+
+/* ... or neither that nor another out of two. Page faults are no calls. */
+static __always_inline bool joins_nothing(u64 call)
+{
+	return call == -1 || call == 11 /* munmap */ || call == 56 || call == 57 || call == 58 ||
+	       call == 435 /* clone and its kin */;
 }
 
 /*
@@ -259,6 +274,16 @@ static __always_inline bool moves_tables(u64 call, struct user_state *user)
 	return true;
 }
 
+static __always_inline bool maps(u64 call)
+{
+	return true;
+}
+
+static __always_inline bool joins_nothing(u64 call)
+{
+	return false;
+}
+
 static __always_inline bool writes_behind(u64 call)
 {
 	return false;
@@ -306,7 +331,7 @@ static __always_inline bool replaces(bool at_home, bool for_reading, u64 call,
 
 	u64 begins = *(u64 *)name;
 
-	return for_reading ? begins == KSMD : begins != KHUGEPAGED;
+	return for_reading ? begins == KSMD : begins != KHUGEPAGED || call != -1;
 }
 
 /*
@@ -354,6 +379,10 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 		__sync_fetch_and_add(&counted->foreign, 1);
 	if (replaces(at_home, for_reading, call, &user))
 		__sync_fetch_and_add(&counted->replaced, 1);
+	if (at_home && !for_reading && maps(call))
+		__sync_fetch_and_add(&counted->grown, 1);
+	if (at_home && !for_reading && !joins_nothing(call))
+		__sync_fetch_and_add(&counted->remade, 1);
 	if (!for_reading || !is_plain(counted, who, space, call, over))
 		__sync_fetch_and_add(&counted->all, 1);
 }

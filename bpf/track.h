@@ -40,6 +40,8 @@ struct visits {
 	__u64 plain;   /* those of them that are not over; behind `begun`, which it is read after */
 	__u64 writer;  /* the thread that is changing the address space */
 	__u64 replaced; /* those that may have lost soft-dirty bits */
+	__u64 grown;   /* those that may have joined a new mapping with an old one */
+	__u64 remade;  /* those that may have joined two old ones */
 	__u32 number;  /* what the writes of others are marked under; that of no process */
 	__u32 reserved;
 };
@@ -70,6 +72,6 @@ enum controller {
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
 _Static_assert(sizeof(struct target) == 32, "target");
-_Static_assert(sizeof(struct visits) == 64, "visits");
+_Static_assert(sizeof(struct visits) == 80, "visits");
 
 #endif

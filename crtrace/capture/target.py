@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field
 
 from crtrace.errors import TargetGone
 from crtrace.image.tables import VmaFlag
@@ -17,7 +16,7 @@ from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import Armer, How, Scan
+from crtrace.track.armer import Armer, How, Scan, Told
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
 from crtrace.track.dirty import Evidence, WrittenPages
@@ -82,7 +81,7 @@ class Target:
                 self._guide = Guide(marks, space, number)
                 self._guide.settle(tgids)
                 if armer.stands_still:
-                    self._guide.migrated()  # sees to it that they are counted
+                    marks.migrations()  # sees to it that they are counted
 
     def close(self) -> None:
         """Disarm; the process goes on. It may be called twice."""
@@ -126,7 +125,8 @@ class Target:
     def _guide_for(self, tgids: list[int]) -> Guide | None:
         """What bounds a scan, if anything can."""
         # io_uring's workers are not stopped, so their faults may be under way all the time.
-        unknown = not all(tgids) or self.pins.rings
+        # A userfaultfd's pages are moved without the lock that is counted.
+        unknown = not all(tgids) or self.pins.rings or self.pins.userfaultfds
         return None if unknown or not self.armer.boundable() else self._guide
 
     def scan(
@@ -145,11 +145,8 @@ class Target:
         guide = self._guide_for(tgids)
         if not guide:
             self.doubt()
-            how, told = How(stopped, beside=beside), self._guide
-            if told:
-                others = partial(told.others, tgids)
-                how = replace(how, others=others, replaced=told.replaced, migrated=told.migrated)
-            return self.armer.scan(self.map, how)
+            told = self._guide.told(tgids) if self._guide else Told()
+            return self.armer.scan(self.map, How(stopped, beside=beside, told=told))
         evidence = guide.evidence(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
         scan = self.armer.scan(self.map, How(stopped, within, beside))
@@ -213,6 +210,14 @@ class Target:
         if pinned := self.pins.unexplained(self.process):
             self.limits.append(
                 f"{who}: what a device writes into {pinned} pinned bytes is not seen"
+            )
+        for device in sorted(self.pins.devices):
+            self.limits.append(f"{who}: what is written into its memory by {device} is not seen")
+        if self.pins.shared_with_cards(self.map):
+            self.limits.append(f"{who}: what a network card writes into its memory is not seen")
+        if self.pins.notes_writes:
+            self.limits.append(
+                f"{who}: it notes its own writes by userfaultfd, of which neither side sees all"
             )
         if rings := self.pins.unmapped_rings(self.process, self.map):
             self.limits.append(f"{who}: {rings} io_uring rings without a mapping are not seen")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 
@@ -14,6 +16,7 @@ TASK_END = 0x7FFF_FFFF_F000
 """End of the user half of the address space with 4-level page tables, less its guard page."""
 EVERYTHING = np.array([[0, TASK_END >> PAGE_SHIFT]], dtype=np.uint64)
 """All pages that a process could have: a range array."""
+_HUGE = 2 << 20
 
 
 class AddressSpace:
@@ -26,6 +29,8 @@ class AddressSpace:
         self.changes = 0
         """Times that it was found changed."""
         self._kinds: dict[str, U64] = {}
+        self._huge: dict[int, bool] = {}
+        """Which devices are hugetlbfs."""
 
     def refresh(self) -> bool:
         """Read the map again; whether it differs from before. Raises when there is none."""
@@ -68,6 +73,41 @@ class AddressSpace:
     def private_files(self) -> U64:
         """The same, of what is a file's until it is written."""
         return self._kind("files", lambda vma: vma.file_backed and not vma.shared)
+
+    @property
+    def touching_alike(self) -> U64:
+        """The page ranges of private mappings that lie side by side and are of the same file, or
+        none: what parts them is their protection, or the like."""
+        return self._once("touching alike", self._find_touching)
+
+    def _find_touching(self) -> U64:
+        found = set()
+        for one, other in pairwise(self.vmas):
+            alike = (one.device, one.inode) == (other.device, other.inode)
+            if one.end == other.start and alike and not (one.shared or other.shared):
+                found |= {one, other}
+        return merge(self.ranges(found.__contains__))
+
+    @property
+    def hugetlb(self) -> U64:
+        """The page ranges of private mappings of hugetlbfs."""
+        return self._kind("hugetlb", lambda vma: not vma.shared and self.is_hugetlb(vma))
+
+    def is_hugetlb(self, vma: Vma) -> bool:
+        """Whether a mapping's blocks are as large as huge pages. Other file systems may have such
+        blocks, too: then some pages are read more often than they had to be."""
+        if not vma.file_backed:
+            return False
+        if vma.device not in self._huge:
+            try:
+                fd = open_mapped(self._process, vma)
+            except OSError as error:
+                return error.errno != errno.ENOENT  # else it is gone again, with its pages
+            try:
+                self._huge[vma.device] = os.fstatvfs(fd).f_bsize >= _HUGE
+            finally:
+                os.close(fd)
+        return self._huge[vma.device]
 
     @property
     def only_read(self) -> U64:

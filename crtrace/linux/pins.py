@@ -1,8 +1,9 @@
 """Memory that is written without a page fault, since it was pinned before it was armed.
 
 What an io_uring has registered as fixed buffers is told by the ring. What others pinned for long
-(RDMA, vfio, rings without a descriptor) is only counted by the kernel. Direct reads pin their
-buffers for as long as they last, and nothing tells where: only the descriptors do that allow them.
+(RDMA, rings without a descriptor) is only counted by the kernel, and of some (vfio, sockets that
+share memory with a network card) not even that. Direct reads pin their buffers for as long as they
+last, and nothing tells where: only the descriptors do that allow them, or that may.
 """
 
 from __future__ import annotations
@@ -23,6 +24,17 @@ _BUFFERS = re.compile(rb"^UserBufs:\t(\d+)\n((?: *\d+: .*\n)*)", re.M)
 _BUFFER = re.compile(rb": 0x([0-9a-f]+)/(\d+)$", re.M)
 _FLAGS = re.compile(rb"^flags:\t([0-7]+)$", re.M)
 _INODE = re.compile(rb"^ino:\t(\d+)$", re.M)
+_USERFAULTFD = "anon_inode:[userfaultfd]"
+_FEATURES = re.compile(rb"^API:\t[0-9a-f]+:([0-9a-f]+):", re.M)
+_WP_ASYNC = 1 << 15
+_DEVICES = ("/dev/vfio/", "anon_inode:[vfio", "/dev/video", "/dev/kfd")
+"""What can be asked to write to memory, and does not count what it pins, or pins nothing."""
+_XDP_RINGS = (1 << 32, 3 << 31)
+"""Offsets by which a socket's rings of what a network card filled are mapped."""
+_FILES = re.compile(rb"^UserFiles:\t[1-9]", re.M)
+_MOUNT = re.compile(rb"^mnt_id:\t(\d+)$", re.M)
+_PASSED_ON = re.compile(rb"fuse(blk|\..*)?|virtiofs|9p|cifs|smb3|nfs4?|ceph")
+"""File systems that may read past the page cache whatever the descriptor says."""
 _COMPLETED = re.compile(rb"^CqTail:\t[1-9]", re.M)
 _HUGE = 2 << 20
 _TRIES = 100
@@ -36,16 +48,37 @@ class Pins:
     """The descriptors of io_urings."""
     direct: int = 0
     """Descriptors by which direct reads may be under way."""
+    devices: set[str] = field(default_factory=set)
+    """What may write to its memory, and says nothing of it."""
+    userfaultfds: int = 0
+    """By these, pages can be moved without a fault or a lock."""
+    notes_writes: bool = False
+    """One of these notes the first write to a page, as we do: two cannot."""
 
     def find(self, process: Process) -> None:
         """Look at every descriptor; while the target runs: each
         takes some tens of microseconds."""
-        self.rings, self.direct = [], 0
+        self.rings, self.devices = [], set()
+        self.direct = self.userfaultfds = 0
+        self.notes_writes = False
+        passed_on = _passed_on(process)
         for fd in process.listdir("fd"):
-            if process.readlink(f"fd/{fd}") == _RING:
+            link, info = process.readlink(f"fd/{fd}"), _fdinfo(process, fd)
+            if link == _RING:
                 self.rings.append(fd)
-            elif _reads_directly(_fdinfo(process, fd)):
+                self.direct += bool(_FILES.search(info))
+            elif link == _USERFAULTFD:
+                self.userfaultfds += 1
+                found = _FEATURES.search(info)
+                self.notes_writes |= bool(found and int(found[1], 16) & _WP_ASYNC)
+            elif link.startswith(_DEVICES):
+                self.devices.add(link)
+            elif _reads_directly(info, passed_on):
                 self.direct += 1
+
+    def shared_with_cards(self, space: AddressSpace) -> bool:
+        """Whether a network card writes packets into its memory (AF_XDP)."""
+        return any(v.name.startswith("socket:[") and v.offset in _XDP_RINGS for v in space.vmas)
 
     def ranges(self, process: Process) -> U64:
         """The pages of all fixed buffers as registered now; quick. Raises ``CrtraceError`` when a
@@ -91,10 +124,22 @@ def _fdinfo(process: Process, fd: str) -> bytes:
         return b""
 
 
-def _reads_directly(info: bytes) -> bool:
-    found = _FLAGS.search(info)
+def _reads_directly(info: bytes, passed_on: set[bytes]) -> bool:
+    found, mount = _FLAGS.search(info), _MOUNT.search(info)
     flags = int(found[1], 8) if found else 0
-    return bool(flags & os.O_DIRECT) and flags & os.O_ACCMODE != os.O_WRONLY
+    if flags & os.O_ACCMODE == os.O_WRONLY:
+        return False
+    return bool(flags & os.O_DIRECT) or (mount is not None and mount[1] in passed_on)
+
+
+def _passed_on(process: Process) -> set[bytes]:
+    """The mounts whose file systems pass on where to read to, by their numbers."""
+    found = set()
+    for line in process.read("mountinfo").splitlines():
+        about, _, kind = line.partition(b" - ")
+        if _PASSED_ON.fullmatch(kind.split(b" ", 1)[0]):
+            found.add(about.split(b" ", 1)[0])
+    return found
 
 
 def _buffers(process: Process, fd: str) -> U64:

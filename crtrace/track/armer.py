@@ -21,6 +21,19 @@ def unknown() -> object:
 
 
 @dataclass(frozen=True, slots=True)
+class Told:
+    """What is known besides of an address space. By default, nobody tells."""
+
+    others: Evidence = unknown
+    """Of writes by who does not stand still with the target."""
+    migrated: Evidence = unknown
+    """Of pages that have set out for other memory."""
+    unlike_bits: Callable[[], tuple[object, object, object]] = lambda: (object(),) * 3
+    """Of what soft-dirty bits do not tell: pages that were put in the place of others, or moved;
+    new mappings that were joined with old ones; old ones that were joined."""
+
+
+@dataclass(frozen=True, slots=True)
 class How:
     """What a scan is to go by."""
 
@@ -31,12 +44,7 @@ class How:
     but what bounded scans have found."""
     beside: ThreadPoolExecutor | None = None
     """A thread that may do a part of it."""
-    others: Evidence = unknown
-    """Of writes by who does not stand still with the target."""
-    replaced: Evidence = unknown
-    """Of pages that were put in the place of others, or moved, so that soft-dirty bits are lost."""
-    migrated: Evidence = unknown
-    """Of pages that have set out for other memory."""
+    told: Told = Told()
 
 
 @dataclass(frozen=True, slots=True)

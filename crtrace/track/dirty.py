@@ -8,7 +8,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 import numpy as np
@@ -44,11 +44,13 @@ VISITS = np.dtype(
         ("plain", "<u8"),
         ("writer", "<u8"),
         ("replaced", "<u8"),
+        ("grown", "<u8"),
+        ("remade", "<u8"),
         ("number", "<u4"),
         ("reserved", "<u4"),
     ]
 )
-assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 64], "bpf/track.h"
+assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 80], "bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
 _LOST_CHILDREN, _UNTOLD, _RECLAIMS, _MIGRATIONS = range(4)
@@ -90,6 +92,8 @@ class Visits:
     begun: int
     plain: int
     replaced: int
+    grown: int
+    remade: int
 
 
 Evidence = tuple[int, ...]
@@ -298,16 +302,19 @@ class WrittenPages:
         but writes in such a way that the data may come after a scan has armed the page again."""
         return self._visits(space).foreign
 
-    def replaced(self, space: int) -> int:
-        """How often somebody may have put other pages in place, or moved some, so that soft-dirty
-        bits do not tell."""
-        return self._visits(space).replaced
+    def unlike_bits(self, space: int) -> tuple[int, int, int]:
+        """How often somebody may have done to a space what soft-dirty bits do not tell: put other
+        pages in place, or moved some; joined a new mapping with an old one; joined two old ones."""
+        visits = self._visits(space)
+        return visits.replaced, visits.grown, visits.remade
 
     def migrations(self) -> object:
         """What stays the same while no page, of anybody's, sets out for other memory."""
         if self._counts_migrations is None:
             self._counts_migrations = self._count_migrations()
-        return self._get("totals", _MIGRATIONS) if self._counts_migrations else object()
+        if not self._counts_migrations:
+            return object()
+        return self._get("totals", _MIGRATIONS), huge_pages_split()
 
     def _count_migrations(self) -> bool:
         try:
@@ -330,8 +337,7 @@ class WrittenPages:
         value = np.zeros(1, dtype=VISITS)
         bpf.lookup(self._maps["visits"], _u64(space), value)
         row = value[0]
-        names = ("all", "foreign", "written", "begun", "plain", "replaced")
-        return Visits(*(int(row[name]) for name in names))
+        return Visits(*(int(row[field.name]) for field in fields(Visits)))
 
     def _missed(self) -> int:
         """Faults at which the program that marks the writes of others could not run."""
@@ -393,7 +399,15 @@ def _by_process(keys: Array, values: Array) -> dict[int, U64]:
 def taken_unasked() -> int:
     """Pages given up with MADV_FREE that were reclaimed, and huge pages that were split because
     they hardly had contents."""
-    names = ("pglazyfreed", "thp_underused_split_page")
+    return _vmstat("pglazyfreed", "thp_underused_split_page")
+
+
+def huge_pages_split() -> int:
+    """Mappings of huge pages that were split. Small pages set out from there without a trace."""
+    return _vmstat("thp_split_pmd")
+
+
+def _vmstat(*names: str) -> int:
     with open("/proc/vmstat") as file:
         return sum(int(line.split()[1]) for line in file if line.startswith(names))
 

@@ -17,10 +17,11 @@ told as late, and that address space is not guided any more.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import numpy as np
 
-from crtrace.track.armer import Look
+from crtrace.track.armer import Look, Told
 from crtrace.track.dirty import Evidence, WrittenPages
 from crtrace.units import (
     REGION_PAGES,
@@ -82,17 +83,13 @@ class Guide:
         before, self._foreign = self._foreign, self._marks.foreign_visits(self._space)
         return before != self._foreign
 
-    def others(self, tgids: Collection[int]) -> Evidence:
-        """What stays the same while nobody writes who does not stand still with the target."""
-        return self._marks.written_meanwhile(self._space, tgids)
-
-    def replaced(self) -> int:
-        """What stays the same while soft-dirty bits tell all."""
-        return self._marks.replaced(self._space)
-
-    def migrated(self) -> object:
-        """What stays the same while no page sets out for other memory."""
-        return self._marks.migrations()
+    def told(self, tgids: Collection[int]) -> Told:
+        """What an armer can ask that needs to know more."""
+        return Told(
+            partial(self._marks.written_meanwhile, self._space, tgids),
+            self._marks.migrations,
+            partial(self._marks.unlike_bits, self._space),
+        )
 
     def holds(self, evidence: Evidence) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""

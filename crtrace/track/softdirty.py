@@ -9,11 +9,11 @@ all that may be concerned counts as written.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import mmap
 import os
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
@@ -21,12 +21,12 @@ import numpy as np
 from crtrace.errors import FeatureMissing, TargetBusy, TargetGone
 from crtrace.faults import point
 from crtrace.linux import pagemap
-from crtrace.linux.addrspace import EVERYTHING, AddressSpace, open_mapped
+from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.libc import kernel_version
 from crtrace.linux.pagemap import SOFT_DIRTY, SWAPPED, Filter, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import How, Scan, Unbounded
+from crtrace.track.armer import How, Scan, Told, Unbounded
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -44,7 +44,6 @@ SINCE = (6, 1)
 CANARIES = 4
 """Pages that are kept soft-dirty, so that somebody else's clearing shows."""
 DIRTY = Filter(need=SOFT_DIRTY, exclude=pagemap.OWN.exclude)
-_HUGE = 2 << 20
 _CLEAR = b"4"
 
 
@@ -73,6 +72,17 @@ def try_on_ourselves() -> None:
         raise FeatureMissing("this kernel does not keep soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
 
 
+@dataclass(frozen=True, slots=True)
+class Bits:
+    """Page ranges of private memory: own pages; those with the bit; those not in place, swapped out
+    or on their way; and zeros among those of files, which have no bit."""
+
+    own: U64
+    dirty: U64
+    away: U64
+    zeros: U64
+
+
 class SoftDirtyArmer(Unbounded):
     """Arms one process. Nothing of it is in the target, so nothing has to be taken back: a page
     that is written later costs one page fault, and that is all."""
@@ -96,12 +106,8 @@ class SoftDirtyArmer(Unbounded):
         self._moving = no_pages()
         """Found written while the kernel moved them to other memory, perhaps: they arrive writable,
         and without a bit."""
-        self._huge: dict[int, bool] = {}
-        """Which devices are hugetlbfs."""
-        self._replaced: object = None
-        """As of the last scan."""
-        self._without_bits = no_pages()
-        """The private mappings of hugetlbfs: the kernel keeps no bits of their pages."""
+        self._unlike_bits: tuple[object, object, object] = None, None, None
+        """As told before the last scan."""
         try_on_ourselves()
         try:
             self._pagemap = process.open("pagemap")
@@ -130,33 +136,44 @@ class SoftDirtyArmer(Unbounded):
         if not how.stopped:
             raise ValueError("soft-dirty bits are only read while the target is stopped")
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
-        replaced, self._replaced = self._replaced, how.replaced()
-        mapped_since = self._compare_map(space)
-        migrated, before = how.migrated(), how.others()
-        own, dirty, away = self._bits()
-        moved, self._moving = self._moving, intersect(dirty, away)
-        again |= self._replaced != replaced or not self._canaries_live(dirty)
+        migrated, before = how.told.migrated(), how.told.others()
+        replaced, joined = self._unlike(how.told)
+        mapped = self._compare_map(space)
+        joints = space.touching_alike if joined else no_pages()
+        bits = self._bits()
+        again |= replaced or not self._canaries_live(bits.dirty)
         self._clear()
-        if how.others() != before:  # then bits came and went in between
-            again, (own, _, self._moving) = True, self._bits()
-        unarmed = intersect(own, self._without_bits)
-        changed = merge(dirty, mapped_since, moved, unarmed)
-        self._plant(space, subtract(own, unarmed))
+        away = bits.away
+        if how.told.others() != before:  # then bits came and went in between
+            again, bits = True, self._bits()
+            away = merge(away, bits.away)
+        unarmed = intersect(bits.own, merge(self._without_bits(), bits.zeros))
+        changed = merge(bits.dirty, mapped, joints, self._moving, unarmed)
+        written = bits.own if again else intersect(bits.own, changed)
+        self._moving = intersect(written, away)
+        self._plant(space, subtract(bits.own, merge(space.hugetlb, bits.zeros)))
         # Who sets out meanwhile may arrive writable, and without a bit.
-        self._doubtful = how.migrated() != migrated
-        return Scan(own if again else intersect(own, changed), subtract(EVERYTHING, own), unarmed)
+        self._doubtful = how.told.migrated() != migrated
+        return Scan(written, subtract(EVERYTHING, bits.own), unarmed)
 
-    def _bits(self) -> tuple[U64, U64, U64]:
-        """Own pages, those with the bit or of a kind that has none, and those not in place."""
+    def _unlike(self, told: Told) -> tuple[bool, bool]:
+        """Whether, since the last scan, pages may have been replaced; and mappings joined that were
+        there with one that was new, and with each other."""
+        before, self._unlike_bits = self._unlike_bits, told.unlike_bits()
+        replaced, grown, remade = (b != n for b, n in zip(before, self._unlike_bits, strict=True))
+        return replaced, grown and remade
+
+    def _bits(self) -> Bits:
         ranges, categories = self._scanner.scan(pagemap.OWN, report=SOFT_DIRTY | SWAPPED)
         zeros, _ = self._scanner.scan(pagemap.ZEROS, self._space.private_files)
         dirty = categories & np.uint64(SOFT_DIRTY) != 0
         away = categories & np.uint64(SWAPPED) != 0
         private = self._space.private
-        return (
+        return Bits(
             intersect(merge(ranges, zeros), private),
-            intersect(merge(ranges[dirty], zeros), private),
+            intersect(merge(ranges[dirty]), private),
             intersect(merge(ranges[away]), private),
+            intersect(merge(zeros), private),
         )
 
     def _clear(self) -> None:
@@ -175,8 +192,13 @@ class SoftDirtyArmer(Unbounded):
             return no_pages()
         before, self._vmas = self._vmas, frozenset(space.vmas)
         self._map_as_of = space.changes
-        self._without_bits = merge(space.ranges(lambda vma: not vma.shared and self._is_huge(vma)))
         return merge(space.ranges(lambda vma: vma not in before))
+
+    def _without_bits(self) -> U64:
+        """Where the kernel keeps no bits, hugetlbfs, or does not always set them: where a file is
+        only read it puts breakpoints (uprobes), and may take them away as the target itself."""
+        code = intersect(self._space.private_files, self._space.only_read)
+        return merge(self._space.hugetlb, code)
 
     def _canaries_live(self, dirty: U64) -> bool:
         """Whether nobody else has taken bits off: those of our canaries are there."""
@@ -197,22 +219,6 @@ class SoftDirtyArmer(Unbounded):
             return os.pwrite(self._mem, os.pread(self._mem, 1, at), at) == 1
         return False
 
-    def _is_huge(self, vma: Vma) -> bool:
-        """Whether a mapping's blocks are as large as huge pages. Other file systems may have such
-        blocks, too: then some pages are read more often than they had to be."""
-        if not vma.file_backed:
-            return False
-        if vma.device not in self._huge:
-            try:
-                fd = open_mapped(self._process, vma)
-            except OSError as error:
-                return error.errno != errno.ENOENT  # else it is gone again, with its pages
-            try:
-                self._huge[vma.device] = os.fstatvfs(fd).f_bsize >= _HUGE
-            finally:
-                os.close(fd)
-        return self._huge[vma.device]
-
     # ---- the rest of an armer ------------------------------------------------------------------
 
     def written_now(self) -> int:
@@ -223,7 +229,7 @@ class SoftDirtyArmer(Unbounded):
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
         ranges, _ = self._scanner.scan(pagemap.OWN)
-        return subtract(intersect(merge(ranges), self._space.private), self._without_bits)
+        return subtract(intersect(merge(ranges), self._space.private), self._without_bits())
 
     def close(self) -> None:
         """See :class:`crtrace.track.armer.Armer`."""

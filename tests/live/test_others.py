@@ -22,7 +22,7 @@ from crtrace.units import PAGE_SIZE, Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import Judged, judged
 from tests.live.harness import Target, compile_target
-from tests.live.test_bounded import small_targets_too
+from tests.live.test_bounded import BOUNDABLE, small_targets_too
 from tests.live.test_marks import pages_between
 from tests.live.test_ways import Stage
 
@@ -53,7 +53,7 @@ def covering() -> Iterator[Programs]:
 @pytest.fixture(scope="module")
 def stage(covering: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
     """Scenes that tests of one way after another share."""
-    stage = Stage((tmp_path_factory.mktemp("stage") for _ in iter(int, 1)), "--ring", 0)
+    stage = Stage((tmp_path_factory.mktemp("stage") for _ in iter(int, 1)), *BOUNDABLE)
     yield stage
     stage.close()
 

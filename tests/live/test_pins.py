@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from crtrace.linux import uffd
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process
@@ -149,6 +150,47 @@ def test_descriptors_for_direct_reading_are_counted(
     if not target.command(f"open {file}").startswith("ok"):
         pytest.skip("cannot run here: this file system has no direct I/O")
     assert found(process).direct == 1
+
+
+def test_memory_that_a_network_card_fills_is_told(target: Target, process: Process) -> None:
+    space = AddressSpace(process)
+    space.refresh()
+    pins = found(process)
+    assert not pins.shared_with_cards(space)
+    if not target.command("card").startswith("ok"):
+        pytest.skip("cannot run here: no sockets that share memory (CONFIG_XDP_SOCKETS)")
+    space.refresh()
+    assert pins.shared_with_cards(space)
+    assert pins.unexplained(process) == 0, "the kernel counts it now"
+
+
+def test_userfaultfds_are_found(target: Target, process: Process) -> None:
+    assert found(process).userfaultfds == 0
+    target.obey("uffd 0")
+    pins = found(process)
+    assert (pins.userfaultfds, pins.notes_writes) == (1, False)
+    if not target.command(f"uffd {uffd.FEATURES}").startswith("ok"):
+        pytest.skip("cannot run here: no write protection by userfaultfd (before Linux 6.7)")
+    pins = found(process)
+    assert (pins.userfaultfds, pins.notes_writes) == (2, True)
+
+
+def test_files_that_others_read_for_the_kernel_count_as_read_directly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They may read past the page cache without O_DIRECT."""
+    read, direct = Process.read, []
+    with open(tmp_path / "file", "w+") as file, Process(Pid(os.getpid())) as process:
+        about = Path(f"/proc/self/fdinfo/{file.fileno()}").read_text()
+        mount = about.partition("mnt_id:")[2].split()[0]
+        for kind in ("fusectl", "ext4", "fuse.sshfs", "9p"):
+            line = f"{mount} 1 0:5 / /mnt rw - {kind} x rw\n".encode()
+            monkeypatch.setattr(
+                Process, "read",
+                lambda self, name, line=line: line if name == "mountinfo" else read(self, name),
+            )  # fmt: skip
+            direct.append(found(process).direct)
+    assert direct[0] == direct[1] < direct[2] == direct[3]
 
 
 @pytest.fixture

@@ -13,11 +13,17 @@
  *   open PATH                     for direct reading
  *   submit page · await           begin to read one page by AIO; wait for its end
  *   huge RING                     register two pages of a huge page
+ *   card                          share the area with a network card
+ *   uffd features                 a userfaultfd
  */
 #include "target.h"
 
 #include <linux/aio_abi.h>
+#include <linux/if_xdp.h>
 #include <linux/io_uring.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
 #include <sys/uio.h>
 
 #ifndef IORING_SETUP_NO_MMAP
@@ -209,6 +215,26 @@ static bool await(void)
 	       event.res == (long)PAGE;
 }
 
+static bool share_with_card(void)
+{
+	int card = socket(AF_XDP, SOCK_RAW, 0), entries = 16;
+	struct xdp_umem_reg memory = { .addr = (uintptr_t)area, .len = AREA_PAGES * PAGE,
+				       .chunk_size = PAGE };
+
+	return card >= 0 && !setsockopt(card, SOL_XDP, XDP_UMEM_REG, &memory, sizeof(memory)) &&
+	       !setsockopt(card, SOL_XDP, XDP_UMEM_FILL_RING, &entries, sizeof(entries)) &&
+	       mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, card,
+		    XDP_UMEM_PGOFF_FILL_RING) != MAP_FAILED;
+}
+
+static bool make_userfaultfd(uint64_t features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
+
+	return fd >= 0 && !ioctl(fd, UFFDIO_API, &api);
+}
+
 static bool obey(const char *line)
 {
 	char word[16] = "", text[4096] = "";
@@ -224,6 +250,10 @@ static bool obey(const char *line)
 		return submit(a);
 	if (!strcmp(word, "await"))
 		return await();
+	if (!strcmp(word, "card"))
+		return share_with_card();
+	if (!strcmp(word, "uffd"))
+		return make_userfaultfd(a);
 	if (a < 0 || a >= ring_count)
 		return false;
 	if (!strcmp(word, "register"))

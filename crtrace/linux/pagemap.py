@@ -142,6 +142,8 @@ class KernelScanner:
             raise TargetGone("the address space that was scanned is gone") from error
         parts.append(self._vector[:count].copy())
         walked: int = _ARG.unpack(arg)[4]
+        if walked <= start:
+            raise OSError(errno.EIO, f"PAGEMAP_SCAN does not get beyond {start:#x}")
         return walked
 
 

@@ -181,7 +181,9 @@ class UserfaultfdArmer:
             self._clear_marks(space, how.stopped)
         written, absent, markers = self._look_through(space, windows, how.beside)
         of_files, zeros = self._of_files(space)
-        gone = merge(space.not_private, subtract(absent, zeros), of_files)
+        # Who does not stand still may have filled a page between the two walks.
+        self._absent = subtract(self._absent, written)
+        gone = merge(space.not_private, subtract(absent, merge(written, zeros)), of_files)
         if windows is None and not how.stopped:
             present = count_pages(subtract(space.private, absent))
             self._effort = effort(present, len(space.vmas))
@@ -263,7 +265,7 @@ class UserfaultfdArmer:
         """
         if stopped:
             self._register(space, fresh)
-        elif count_pages(fresh) <= FEW:
+        elif count_pages(subtract(fresh, space.ranges(self._is_refused))) <= FEW:
             return fresh
         else:
             try:
@@ -277,6 +279,10 @@ class UserfaultfdArmer:
         space.refresh()
         for vma in space.touching(fresh):
             if vma in self._refused:
+                continue
+            if space.is_hugetlb(vma):
+                # Where an armed page of it was discarded, a fault for reading arms the new one.
+                self._refused.add(vma)
                 continue
             self._uncleared.append(vma)
             error = uffd.register(self._uffd, vma.start, vma.end)

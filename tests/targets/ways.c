@@ -293,7 +293,8 @@ static void setup_source(struct area *a)
 	a->fd = open_file(name, O_CREAT | O_TRUNC);
 	fill_file(a, a->fd, 0, a->pages);
 	store(a, 0, a->pages);
-	a->other = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
+	if (option("--direct", 1))
+		a->other = open(path, O_RDONLY | O_DIRECT | O_CLOEXEC);
 }
 
 static const char *way_direct(struct area *a)
@@ -1195,6 +1196,40 @@ static const char *way_protect_read(struct area *a)
 	return why ? why : protect(a, page, count, PROT_READ);
 }
 
+/* A mapping that may only be read, one that may be written, and room behind. */
+static void setup_regrown(struct area *a)
+{
+	char *far_away = (char *)(1UL << 45); /* the kernel itself puts nothing there */
+
+	a->at = mmap(far_away, a->pages * PAGE, PROT_READ | PROT_WRITE,
+		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0);
+	if (a->at == MAP_FAILED)
+		die("mmap");
+	store(a, 0, a->pages);
+	protect(a, 0, 4, PROT_READ);
+}
+
+/* The second is joined with a new one, and then with the first. In the end all is as it was. */
+static const char *way_regrown(struct area *a)
+{
+	size_t rest = a->pages - 4;
+	char *end = a->at + a->pages * PAGE;
+
+	if (mmap(end, PAGE, PROT_READ | PROT_WRITE,
+		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE, -1, 0) != end)
+		return "cannot: somebody took the room";
+	munmap(end, PAGE);
+	const char *why = protect(a, 4, rest, PROT_NONE);
+
+	if (!why)
+		why = protect(a, 4, rest, PROT_READ | PROT_WRITE);
+	if (!why)
+		store(a, 4 + draw(rest), 1);
+	if (!why)
+		why = protect(a, 0, 4, PROT_READ | PROT_WRITE);
+	return why ? why : protect(a, 0, 4, PROT_READ);
+}
+
 /* Mappings cut and joined without a change of contents: names and locks. */
 static const char *way_cut(struct area *a)
 {
@@ -1399,8 +1434,10 @@ static const char *way_hugetlb_drop(struct area *a)
 	if (why)
 		return why;
 	expect(a, 0, a->pages, 0);
-	if (a->turn % 2)
+	if (a->turn % 3 == 1)
 		store(a, draw(a->pages), 1);
+	if (a->turn % 3 == 2)
+		(void)*(volatile char *)a->at; /* a new page of zeros */
 	return NULL;
 }
 
@@ -1631,7 +1668,8 @@ static void setup_own_uffd(struct area *a)
 	struct uffdio_api api = { .api = UFFD_API };
 
 	setup_anon(a);
-	a->fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
+	if (option("--uffd", 1))
+		a->fd = syscall(SYS_userfaultfd, O_CLOEXEC | O_NONBLOCK | UFFD_USER_MODE_ONLY);
 	struct uffdio_register range = { .range = { (uintptr_t)a->at, a->pages * PAGE },
 					 .mode = UFFDIO_REGISTER_MODE_MISSING };
 
@@ -1712,6 +1750,7 @@ static struct way ways[] = {
 	TWO(move_leaving, setup_anon),
 	TWO(exchange, setup_anon),
 	WAY(exchange_within, setup_anon),
+	WAY(regrown, setup_regrown),
 	WAY(protect_none, setup_anon),
 	WAY(protect_read, setup_anon),
 	WAY(cut, setup_anon),

@@ -29,6 +29,7 @@ from crtrace.linux.addrspace import EVERYTHING
 from crtrace.linux.events import open_accounting
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
+from crtrace.linux.waits import guards_in_vain
 from crtrace.track.armer import Scan
 from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.units import (
@@ -405,6 +406,9 @@ class Session:
             if target.fresh and part.rounds == 1:
                 self._inherit(image, target)
         work.overflowed = self._pipeline.release()
+        for snapshot in snapshots:
+            for address in guards_in_vain(thread.prstatus for thread in snapshot.threads):
+                snapshot.target.armer.let_go(address)
         return snapshots
 
     def _capture(

@@ -20,6 +20,7 @@ CREATE_FLAGS = O_CLOEXEC | USER_MODE_ONLY
 _UFFD_API = 0xAA
 _UFFDIO_API = 0xC018AA3F
 _UFFDIO_REGISTER = 0xC020AA00
+_UFFDIO_UNREGISTER = 0x8010AA01
 _UFFDIO_WRITEPROTECT = 0xC018AA06
 _REGISTER_MODE_WP = 2
 WP_HUGETLBFS_SHMEM, WP_UNPOPULATED, WP_ASYNC = 1 << 12, 1 << 13, 1 << 15
@@ -48,6 +49,11 @@ def register(fd: int, start: int, end: int) -> int:
     """
     registration = struct.pack("<4Q", start, end - start, _REGISTER_MODE_WP, 0)
     return _try("UFFDIO_REGISTER", fd, _UFFDIO_REGISTER, registration)
+
+
+def unregister(fd: int, start: int, end: int) -> int:
+    """Lift all protection in ``[start, end)`` (bytes), and note no write there; 0 or the errno."""
+    return _try("UFFDIO_UNREGISTER", fd, _UFFDIO_UNREGISTER, struct.pack("<2Q", start, end - start))
 
 
 def clear_marks(fd: int, start: int, end: int) -> int:

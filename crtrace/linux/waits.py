@@ -1,4 +1,4 @@
-"""Give back the waits that a ptrace stop ended.
+"""Give back the waits that a ptrace stop ended, and find one that we cause.
 
 Most interrupted system calls are restarted by the kernel without the program noticing. A few end
 with a plain EINTR instead (signal(7), "Interruption of system calls"); whoever stopped the thread
@@ -8,8 +8,11 @@ for no reason of its own must start those again.
 from __future__ import annotations
 
 import errno
+from collections.abc import Iterable
 
-from crtrace.linux.registers import Registers
+import numpy as np
+
+from crtrace.linux.registers import REGS_SIZE, Registers
 
 NEVER_RESTARTED = {
     45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 44: "sendto", 42: "connect", 43: "accept",
@@ -29,3 +32,18 @@ def cut_short(registers: Registers) -> bool:
 def started_again(registers: Registers) -> Registers:
     """Registers with which the thread enters its system call anew."""
     return registers.changed(rax=registers["orig_rax"], rip=registers["rip"] - 2, orig_rax=-1)
+
+
+_RAX, _RDX, _RDI, _ORIG_RAX = 10, 12, 14, 15
+_MADVISE, _GUARD_INSTALL = 28, 102
+_ERESTARTNOINTR = 513
+
+
+def guards_in_vain(states: Iterable[bytes]) -> list[int]:
+    """Of the general registers of stopped threads: where they install guard regions, and had to
+    begin again. In a private mapping of a file they do so as long as a page there is armed."""
+    values = np.frombuffer(b"".join(states), dtype=np.uint64).reshape(-1, REGS_SIZE // 8)
+    again = values[:, _RAX].view(np.int64) == -_ERESTARTNOINTR
+    advise = (values[:, _ORIG_RAX] == _MADVISE) & (values[:, _RDX] == _GUARD_INSTALL)
+    addresses: list[int] = values[again & advise, _RDI].tolist()
+    return addresses

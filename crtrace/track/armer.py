@@ -113,12 +113,16 @@ class Armer(Protocol):
         What appears while this runs is in the next scan, and so is what cannot be armed: to read
         such a page while the target runs could be a page fault for its own userfaultfd."""
 
+    def let_go(self, address: int) -> None:
+        """Arm nothing in the mapping at an address any more, as of the last scan: the target waits
+        for that."""
+
     def close(self) -> None:
         """Leave the target as it was; it may be called twice."""
 
 
 class Unbounded:
-    """Of an armer: its scans look everywhere, always."""
+    """Of an armer: its scans look everywhere, always, and nobody waits for it."""
 
     def boundable(self) -> bool:
         """See :class:`Armer`."""
@@ -127,3 +131,6 @@ class Unbounded:
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`Armer`: there is nothing to find."""
         return Look(no_pages(), no_pages())
+
+    def let_go(self, address: int) -> None:
+        """See :class:`Armer`."""

@@ -352,6 +352,14 @@ class UserfaultfdArmer:
             zeros = intersect(zeros, space.private_files)
         return subtract(space.private_files, merge(own)), zeros
 
+    def let_go(self, address: int) -> None:
+        """See :class:`crtrace.track.armer.Armer`: it is read every time, like what is refused."""
+        for vma in self._space.vmas:
+            if vma.start <= address < vma.end and not uffd.unregister(
+                self._uffd, vma.start, vma.end
+            ):
+                self._refused.add(vma)
+
     def close(self) -> None:
         """Lift every protection by closing the userfaultfd."""
         for name in ("_uffd", "_pagemap"):

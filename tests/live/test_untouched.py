@@ -321,6 +321,28 @@ def test_a_stop_that_comes_in_the_pause_is_obeyed_after_it(
     assert f"3 stray signals, the last {signal.SIGCONT.value}" in target.stderr
 
 
+# --- guard regions ---
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_guard_regions_take_the_place_of_armed_pages_of_a_file(
+    spawn: Spawn, tmp_path: Path, programs: Programs
+) -> None:
+    """The kernel begins again and again until the page is armed no more."""
+    target = spawn("layout")
+    target.obey("write file_private 0 4 5")
+    with watched(target.pid, tmp_path / "chain", programs) as judged:
+        judged.take()
+        judged.take()
+        target.send("guard file_private 1 2")
+        judged.take()
+        if target.answer(timeout=20) != "ok":
+            pytest.skip("cannot run here: no guard regions there (before Linux 6.15)")
+        target.obey("write file_private 0 1 6")
+        for _ in range(2):
+            judged.take()
+
+
 # --- vfork ---
 
 

@@ -11,7 +11,8 @@
  *   seeds NAME                         what every page must hold, JSON
  *   write|pwrite NAME page count seed  store a pattern, through the mapping or its descriptor
  *   half|zero|read NAME page count     store half a page of pattern 7, store zeros, load
- *   dontneed|punch NAME page count     MADV_DONTNEED, MADV_REMOVE
+ *   dontneed|punch|guard NAME page count
+ *                                      MADV_DONTNEED, MADV_REMOVE, MADV_GUARD_INSTALL
  *   fixed NAME page count              a new mapping over the old one
  *   mmap NAME pages · munmap NAME      a new private anonymous area; drop one
  *   mremap NAME [pages]                move elsewhere, growing or shrinking to so many pages
@@ -439,6 +440,8 @@ static bool on_pages(const char *verb, struct mapping *m, size_t page, size_t co
 		return advise(m, page, count, MADV_DONTNEED);
 	if (!strcmp(verb, "punch"))
 		return m->kind == SHARED && advise(m, page, count, MADV_REMOVE);
+	if (!strcmp(verb, "guard"))
+		return !madvise(m->at + page * PAGE, count * PAGE, MADV_GUARD_INSTALL);
 	if (!strcmp(verb, "pwrite"))
 		return write_through(m, page, count, seed);
 	if (!strcmp(verb, "read")) {

@@ -232,6 +232,8 @@ static bool make_userfaultfd(uint64_t features)
 	struct uffdio_api api = { .api = UFFD_API, .features = features };
 	int fd = syscall(SYS_userfaultfd, O_CLOEXEC | UFFD_USER_MODE_ONLY);
 
+	if (fd < 0) /* before Linux 5.11 */
+		fd = syscall(SYS_userfaultfd, O_CLOEXEC);
 	return fd >= 0 && !ioctl(fd, UFFDIO_API, &api);
 }
 

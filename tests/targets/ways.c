@@ -1344,11 +1344,6 @@ static const char *way_thp_exchange(struct area *a)
 	return exchange(a, a->second, huge_place(HUGE_PAGE));
 }
 
-static const char *way_table_exchange(struct area *a)
-{
-	return way_thp_exchange(a);
-}
-
 /* A place at the end of what a page table is for, with nothing else there. */
 static char *end_of_table(size_t bytes)
 {
@@ -1528,11 +1523,6 @@ static void setup_mergeable_file(struct area *a)
 {
 	setup_private_file(a);
 	madvise(a->at, a->pages * PAGE, MADV_MERGEABLE);
-}
-
-static const char *way_file_ksm_zero(struct area *a)
-{
-	return way_ksm_zero(a);
 }
 
 static const char *way_file_write(struct area *a)
@@ -1764,7 +1754,7 @@ static struct way ways[] = {
 	SAME(collapse_as_is),
 	SAME(collapse),
 	TWO(thp_exchange, setup_thp),
-	TWO(table_exchange, setup_table),
+	{ "table_exchange", setup_table, way_thp_exchange, false, true, { 0 }, { 0 }, NULL },
 	TWO(end_of_table, setup_end_of_table),
 	WAY(hugetlb, setup_hugetlb_private),
 	SAME(hugetlb_drop),
@@ -1773,7 +1763,7 @@ static struct way ways[] = {
 	WAY(ksm_zero, setup_mergeable),
 	WAY(file_write, setup_private_file),
 	WAY(file_drop, setup_private_file),
-	WAY(file_ksm_zero, setup_mergeable_file),
+	{ "file_ksm_zero", setup_mergeable_file, way_ksm_zero, false, false, { 0 }, { 0 }, NULL },
 	WAY(file_pageout, setup_private_file),
 	WAY(file_changed, setup_private_file),
 	WAY(file_truncated, setup_private_file),

@@ -85,10 +85,8 @@ class PageTable:
         if not len(regions):
             return np.empty(0, dtype=np.uint64)
         bitmaps = np.empty((len(rows), REGION_PAGES), dtype=np.bool_)
-        slabs = rows // SLAB_REGIONS
-        for slab in distinct(slabs).tolist():
-            which = slabs == slab
-            bitmaps[which] = self._known[slab].reshape(-1, REGION_PAGES)[rows[which] % SLAB_REGIONS]
+        for slab, which, at in _by_slab(rows * REGION_PAGES):
+            bitmaps[which] = self._known[slab].reshape(-1, REGION_PAGES)[at // REGION_PAGES]
         known = bitmaps.reshape(-1)
         if len(present):
             known &= ~_painted(regions, present)

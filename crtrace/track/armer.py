@@ -11,7 +11,7 @@ from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.stop import StoppedProcess
 from crtrace.units import U64, no_pages
 
-Evidence = Callable[[], object]
+Stamp = Callable[[], object]
 """What it returns is equal as long as something has not happened."""
 
 
@@ -24,9 +24,9 @@ def unknown() -> object:
 class Told:
     """What is known besides of an address space. By default, nobody tells."""
 
-    others: Evidence = unknown
+    others: Stamp = unknown
     """Of writes by who does not stand still with the target."""
-    migrated: Evidence = unknown
+    migrated: Stamp = unknown
     """Of pages that have set out for other memory."""
     unlike_bits: Callable[[], tuple[object, object, object]] = lambda: (object(),) * 3
     """Of what soft-dirty bits do not tell: pages that were put in the place of others, or moved;

@@ -96,13 +96,8 @@ class Programs:
     def close(self) -> None:
         """Detach and unload everything; it may be called twice."""
         self.ring.close()
-        for fd in (
-            *self.maps.values(),
-            self.resolver,
-            self.migrating,
-            self.covering,
-            *self.attachments,
-        ):
+        kept = self.resolver, self.migrating, self.covering
+        for fd in (*self.maps.values(), *kept, *self.attachments):
             if fd >= 0:
                 os.close(fd)
         self.maps, self.attachments = {}, []

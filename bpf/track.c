@@ -142,6 +142,9 @@ struct user_state {
 	u64 second, first, call, ip, cs;
 };
 
+#define EXCEPTION (-1ULL)
+#define NO_CALL (-2ULL) /* or nobody knows */
+
 #ifdef VMA_MM_OFFSET
 #define FAULT_FLAG_WRITE 1
 
@@ -178,17 +181,18 @@ int fault_of_anybody(struct pt_regs *ctx)
 #define SI 104 /* where that begins */
 #define USER_CS 0x33
 
-/* The system call that the current thread is in, with its arguments in `user`; of kernel threads
- * none. Numbers of 32-bit calls that look like one of those below do nothing of what is said there. */
+/* The system call that the current thread is in, with its arguments in `user`; EXCEPTION where an
+ * exception of 64-bit code brought it into the kernel. Numbers of 32-bit calls that look like one of
+ * those below do nothing of what is said there. */
 static __always_inline u64 current_call(struct user_state *user)
 {
 	void *regs = (void *)bpf_task_pt_regs((void *)bpf_get_current_task_btf());
 
 	if (bpf_probe_read_kernel(user, sizeof(*user), regs + SI))
-		return -1;
+		return NO_CALL;
 	/* The kernel's own threads have only zeros there, workers that it gives a process no ip. */
 	if (!user->ip || (user->cs & 0xffff) != USER_CS)
-		return -1;
+		return NO_CALL;
 	return user->call;
 }
 
@@ -210,11 +214,11 @@ static __always_inline bool maps(u64 call)
 	return call == 9 || call == 12 || call == 25 /* mmap, brk, mremap */ || call == 206 /* io_setup */;
 }
 
-/* ... or neither that nor another out of two. Page faults are no calls. */
+/* ... or neither that nor another out of two. */
 static __always_inline bool joins_nothing(u64 call)
 {
-	return call == -1 || call == 11 /* munmap */ || call == 56 || call == 57 || call == 58 ||
-	       call == 435 /* clone and its kin */;
+	return call == EXCEPTION || call == NO_CALL || call == 11 /* munmap */ || call == 56 || call == 57 ||
+	       call == 58 || call == 435 /* clone and its kin */;
 }
 
 /*
@@ -266,7 +270,7 @@ static __always_inline bool is_plain(struct visits *counted, u64 who, u64 space,
 #else
 static __always_inline u64 current_call(struct user_state *user)
 {
-	return -1;
+	return NO_CALL;
 }
 
 static __always_inline bool moves_tables(u64 call, struct user_state *user)
@@ -331,14 +335,16 @@ static __always_inline bool replaces(bool at_home, bool for_reading, u64 call,
 
 	u64 begins = *(u64 *)name;
 
-	return for_reading ? begins == KSMD : begins != KHUGEPAGED || call != -1;
+	return for_reading ? begins == KSMD : begins != KHUGEPAGED || call != NO_CALL;
 }
 
 /*
  * Who takes the lock of an address space may change memory without a page fault: pages that the
  * kernel writes to for somebody, or discards. Counted when it is taken, for what goes on meanwhile,
  * and when it is let go, for what began earlier. A fault in kernel mode takes the lock itself and is
- * no reason to count: it is marked. Nor is a plain visit. What the controller does changes nothing.
+ * no reason to count: it is marked. Nor is a plain visit, or a fault in user mode, which takes this
+ * lock on older kernels only and for some: but the stack may grow by it. What the controller does
+ * changes nothing.
  */
 static __always_inline void visit(u64 space, bool writes, bool over)
 {
@@ -375,6 +381,10 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 
 	bool at_home = value && *value == space;
 
+	if (at_home && for_reading && call == EXCEPTION) {
+		__sync_fetch_and_add(&counted->faulted, 1);
+		return;
+	}
 	if (!at_home || (!faults && writes_behind(call)))
 		__sync_fetch_and_add(&counted->foreign, 1);
 	if (replaces(at_home, for_reading, call, &user))
@@ -415,13 +425,6 @@ RAW_TRACEPOINT_PROBE(mmap_lock_acquire_returned)
 	return 0;
 }
 #endif
-
-/* Reclaim drops pages that were given up with MADV_FREE, and takes no lock for it. */
-RAW_TRACEPOINT_PROBE(mm_vmscan_lru_shrink_inactive)
-{
-	count(TOTAL_RECLAIMS);
-	return 0;
-}
 
 /* Attached only where soft-dirty bits are used: whoever clears the bit of a page on its way to other
  * memory does not protect it. The kernel passes here while it holds the lock of that page table. */

@@ -32,7 +32,8 @@ struct target {
 /* Visits of an address space: somebody holds its lock. A plain one changes memory by page faults
  * only, all of which are marked. */
 struct visits {
-	__u64 all;     /* but plain ones */
+	__u64 all;     /* but plain ones, and those told apart next */
+	__u64 faulted; /* by page faults of its own threads in user mode, where these take the lock */
 	__u64 foreign; /* those of processes that do not run in the address space, and of
 			  its own that write as those do; plain or not */
 	__u64 written; /* faults that were marked under `number` */
@@ -54,7 +55,6 @@ struct visits {
 enum total {
 	TOTAL_LOST_CHILDREN, /* forks that found no room among the targets */
 	TOTAL_UNTOLD,        /* regions that found no room in the ring */
-	TOTAL_RECLAIMS,      /* times that the machine looked for memory to take back */
 	TOTAL_MIGRATIONS,    /* pages that were about to be moved to other memory, if asked for */
 	TOTAL_COUNT
 };
@@ -72,6 +72,6 @@ enum controller {
 _Static_assert(sizeof(struct region_key) == 16, "region_key");
 _Static_assert(sizeof(struct region_bits) == 64, "region_bits");
 _Static_assert(sizeof(struct target) == 32, "target");
-_Static_assert(sizeof(struct visits) == 80, "visits");
+_Static_assert(sizeof(struct visits) == 88, "visits");
 
 #endif

@@ -35,6 +35,8 @@ TESTS = (
     "tests/live/test_bounded.py::test_a_quiet_target_is_scanned_within_bounds",
     "tests/live/test_bounded.py::test_what_nobody_could_notice_is_told_afterwards",
     "tests/live/test_bounded.py::test_a_target_is_exact_while_the_kernel_compacts_memory",
+    "tests/live/test_bounded.py::test_huge_pages_that_are_split_are_not_late",
+    "tests/live/test_bounded_bits.py",
     "tests/live/test_bounded.py::test_bpf_tells_address_spaces_apart",
     "tests/live/test_bounded.py::test_somebody_else_in_the_memory_is_told_from_the_target_itself",
     "tests/live/test_bounded.py::test_regions_are_told_once_in_a_generation",

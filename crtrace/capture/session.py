@@ -254,7 +254,7 @@ class Session:
         known = 0
         for target in self._tree.targets():
             with _unless_it_ended(target):
-                known += target.armer.written_now() or 0
+                known += target.written_now(self._tree.tgids(target))
         return max(0, self._tree.faults() - faults, known)
 
     def _collect(self, work: Work, image: ImageWriter) -> None:
@@ -267,7 +267,9 @@ class Session:
                 # Who is met only now is read in the pause.
                 if part := work.parts.get(target.space):
                     with _unless_it_ended(target):
-                        found[target] = self._found(target, part, stopped=stopped, turned=turned)
+                        found[target] = self._found(
+                            target, part, stopped=stopped, ahead=True, turned=turned
+                        )
         for target, (scan, again) in found.items():
             # What cannot be armed would have to be read again in the pause anyway.
             ranges = subtract(merge(scan.written, again), scan.unarmed)
@@ -305,11 +307,17 @@ class Session:
         self._copy(target, part, ranges, self._reporter(work, before))
 
     def _found(
-        self, target: Target, part: Part, *, stopped: bool, turned: bool = False
+        self,
+        target: Target,
+        part: Part,
+        *,
+        stopped: bool,
+        ahead: bool = False,
+        turned: bool = False,
     ) -> tuple[Scan, U64]:
         """What a scan finds, kept at once, and pages to read besides."""
         tgids = self._tree.tgids(target)
-        scan = target.scan(tgids, stopped=stopped, turned=turned, beside=self._beside)
+        scan = target.scan(tgids, stopped=stopped, ahead=ahead, turned=turned, beside=self._beside)
         again = part.found(scan.written, scan.unarmed)
         if not target.visited():
             part.trust()
@@ -422,7 +430,7 @@ class Session:
             self._scan(work, target, work.parts[target.space])
         self._marks.switch()
         for target in targets:
-            target.paused()
+            target.paused(self._tree.tgids(target))
         self._count(work)
         began = time.monotonic()
         for each in objects:
@@ -447,7 +455,7 @@ class Session:
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
         scan, again = self._found(target, part, stopped=True)
-        part.bounded = scan.bounded
+        part.bounded, part.left = scan.bounded, scan.left
         part.gone = scan.gone
         again = merge(scan.written, again, target.pinned(lambda: part.scanned))
         residual = subtract(again, part.gone)

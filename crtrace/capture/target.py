@@ -78,7 +78,7 @@ class Target:
         if not self.compared:
             space, number = marks.space_behind(lambda: os.pread(self._pagemap, 8, 0))
             if space:
-                self._guide = Guide(marks, space, number)
+                self._guide = Guide(marks, space, number, by_bits=armer.stands_still)
                 self._guide.settle(tgids)
                 if armer.stands_still:
                     marks.migrations()  # sees to it that they are counted
@@ -134,31 +134,42 @@ class Target:
         tgids: list[int],
         *,
         stopped: bool,
+        ahead: bool = False,
         turned: bool = False,
         beside: ThreadPoolExecutor,
     ) -> Scan:
         """See :meth:`crtrace.track.armer.Armer.scan`; bounded where that is exact and shorter.
 
-        ``tgids``: BPF's numbers of who runs in it. ``turned``: marks go to the next generation
-        since just before this scan, and all scans before were in the last one.
+        ``tgids``: BPF's numbers of who runs in it. ``ahead``: what it finds is not for the pause to
+        copy. ``turned``: marks go to the next generation since just before this scan, and all scans
+        before were in the last one.
         """
+        told = self._guide.told(tgids) if self._guide else Told()
         guide = self._guide_for(tgids)
         if not guide:
             self.doubt()
-            told = self._guide.told(tgids) if self._guide else Told()
-            return self.armer.scan(self.map, How(stopped, beside=beside, told=told))
+            return self.armer.scan(self.map, How(stopped, ahead, beside=beside, told=told))
         evidence = guide.evidence(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
-        scan = self.armer.scan(self.map, How(stopped, within, beside))
+        scan = self.armer.scan(self.map, How(stopped, ahead, within, beside, told))
         if not scan.bounded:
             guide.everything_seen(evidence)
         guide.scanned(scan.written, turned=turned, stopped=stopped)
         return scan
 
-    def paused(self) -> None:
+    def written_now(self, tgids: list[int]) -> int:
+        """See :meth:`crtrace.track.armer.Armer.written_now`; 0 where only BPF has counted."""
+        guide = self._guide_for(tgids)
+        evidence = guide.evidence(tgids, self.map.changes) if guide else None
+        written = self.armer.written_now()
+        if guide and evidence and written is not None:
+            guide.looked_ahead(evidence)
+        return written or 0
+
+    def paused(self, tgids: list[int]) -> None:
         """BPF's marks go to the next generation since the scan of the pause."""
         if self._guide:
-            self._guide.paused()
+            self._guide.paused(tgids)
 
     def written_by_others(self) -> int:
         """Write faults since the last pause by who does not run in it, or by no exception."""

@@ -113,8 +113,8 @@ class Tree:
         return [member for member in self.members if member.target is target]
 
     def tgids(self, target: Target) -> list[int]:
-        """BPF's numbers of the members in an address space."""
-        return [member.tgid for member in self.of(target)]
+        """BPF's numbers of the members in an address space; 0 if somebody may run in it besides."""
+        return [*(member.tgid for member in self.of(target)), *([0] if self.refused else [])]
 
     def counts(self, member: Member) -> Counts:
         """What BPF counted for a member until now."""

@@ -35,6 +35,8 @@ class Part:
     """Written page numbers as BPF saw them."""
     unarmed: U64 = field(default_factory=no_pages)
     """What could not be armed, and so counts as written."""
+    left: U64 = field(default_factory=no_pages)
+    """What was not armed since the last epoch found it."""
     suspect: U64 = field(default_factory=no_pages)
     """What the last scan found while somebody else was in that memory: to be read again."""
     bounded: bool = False
@@ -202,7 +204,7 @@ class Work:
         both = sum(int(contains(part.scanned, part.marked).sum()) for part in parts)
         missed = 0
         for part in parts:
-            armed = subtract(part.scanned, part.unarmed)
+            armed = subtract(part.scanned, merge(part.unarmed, part.left))
             if not part.fresh:
                 missed += count_pages(armed) - int(contains(armed, part.marked).sum())
         return {

@@ -169,6 +169,9 @@ _IN_WORD = ((PRESENT, 63), (SWAPPED, 62), (FILE, 61), (GUARD, 58), (SOFT_DIRTY, 
 _FRAME, _IN_PLACE = np.uint64((1 << 55) - 1), np.uint64(1 << 63)
 _BLOCK = 1 << 18
 """Pages looked at in one step: 1 GiB of them, described by 2 MiB."""
+_ATTEMPTS = 100
+"""Before Linux 6.5, words are left out where a huge page goes while they are read, and what follows
+moves up: they are read again then."""
 _SPARSE = 32
 """Mapped pages for one in memory from which on it is quicker to ask ``smaps`` what is empty. That
 takes 43 ms for a GiB in memory, and to pass an empty one 1.1 ms (medians of 9, Linux 6.18)."""
@@ -216,14 +219,17 @@ class PlainScanner:
 
     def _words(self, first: int, end: int) -> U64:
         """What ``/proc/PID/pagemap`` has for each of the pages ``[first, end)``."""
-        point("pread /proc/PID/pagemap")
-        try:
-            raw = os.pread(self.fd, 8 * (end - first), 8 * first)
-        except ProcessLookupError as error:
-            raise TargetGone("the address space that was scanned is gone") from error
-        if not raw:
-            raise TargetGone("the address space that was scanned is gone")
-        return np.frombuffer(raw, dtype=np.uint64)
+        for _ in range(_ATTEMPTS):
+            point("pread /proc/PID/pagemap")
+            try:
+                raw = os.pread(self.fd, 8 * (end - first), 8 * first)
+            except ProcessLookupError as error:
+                raise TargetGone("the address space that was scanned is gone") from error
+            if not raw:
+                raise TargetGone("the address space that was scanned is gone")
+            if len(raw) == 8 * (end - first):
+                return np.frombuffer(raw, dtype=np.uint64)
+        raise OSError(errno.EIO, f"/proc/PID/pagemap ends within a mapping, near page {first:#x}")
 
     def _runs(self, first: int, words: U64, want: Filter, report: int) -> tuple[U64, U64]:
         """Ranges of matching pages that are alike; page ``first`` is the first of all."""

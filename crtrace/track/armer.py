@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from crtrace.linux.addrspace import AddressSpace
@@ -39,6 +39,8 @@ class How:
 
     stopped: bool
     """All that run in the address space stand still."""
+    ahead: bool = False
+    """What it finds is copied while the target runs on, and scanned again in this epoch."""
     within: U64 | None = None
     """Page ranges outside of which nothing has changed since the last scan that was not bounded,
     but what bounded scans have found."""
@@ -59,6 +61,8 @@ class Scan:
     a mapped file. To be trusted only if the target was stopped."""
     unarmed: U64
     """Those among ``written`` that cannot be armed, so they are read every time."""
+    left: U64 = field(default_factory=no_pages)
+    """Those that have not been armed since the last scan found them, too."""
     bounded: bool = False
     """It looked only within the bounds that were given."""
 
@@ -99,7 +103,9 @@ class Armer(Protocol):
         """
 
     def written_now(self) -> int | None:
-        """About how many pages a scan would find written now; None: as many as BPF has counted."""
+        """About how many pages a scan would find written now; None: as many as BPF has counted.
+        Else all was looked at, and the next scan may be bounded as if it had been one that was not.
+        """
 
     def boundable(self) -> bool:
         """Whether bounds make its scans shorter."""
@@ -119,18 +125,3 @@ class Armer(Protocol):
 
     def close(self) -> None:
         """Leave the target as it was; it may be called twice."""
-
-
-class Unbounded:
-    """Of an armer: its scans look everywhere, always, and nobody waits for it."""
-
-    def boundable(self) -> bool:
-        """See :class:`Armer`."""
-        return False
-
-    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
-        """See :class:`Armer`: there is nothing to find."""
-        return Look(no_pages(), no_pages())
-
-    def let_go(self, address: int) -> None:
-        """See :class:`Armer`."""

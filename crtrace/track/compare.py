@@ -7,16 +7,17 @@ did not change is found by its hash and not stored again.
 from __future__ import annotations
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.procfs import Process
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import How, Scan, Unbounded
-from crtrace.units import U64, intersect, merge, subtract
+from crtrace.track.armer import How, Look, Scan
+from crtrace.units import U64, intersect, merge, no_pages, subtract
 
 
-class CompareArmer(Unbounded):
+class CompareArmer:
     """Notices nothing of one process. The target is never touched."""
 
     name = "compare"
@@ -39,6 +40,17 @@ class CompareArmer(Unbounded):
 
     def written_now(self) -> None:
         """See :class:`crtrace.track.armer.Armer`: nobody knows better."""
+
+    def boundable(self) -> bool:
+        """See :class:`crtrace.track.armer.Armer`."""
+        return False
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """See :class:`crtrace.track.armer.Armer`: there is nothing to find."""
+        return Look(no_pages(), no_pages())
+
+    def let_go(self, address: int) -> None:
+        """See :class:`crtrace.track.armer.Armer`: nobody waits for it."""
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""

@@ -38,6 +38,7 @@ TARGET = np.dtype(
 VISITS = np.dtype(
     [
         ("all", "<u8"),
+        ("faulted", "<u8"),
         ("foreign", "<u8"),
         ("written", "<u8"),
         ("begun", "<u8"),
@@ -50,15 +51,19 @@ VISITS = np.dtype(
         ("reserved", "<u4"),
     ]
 )
-assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 80], "bpf/track.h"
+assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 88], "bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
-_LOST_CHILDREN, _UNTOLD, _RECLAIMS, _MIGRATIONS = range(4)
+_LOST_CHILDREN, _UNTOLD, _MIGRATIONS = range(3)
 """Indices of ``totals``, as in bpf/track.h."""
 _OWN_TGID, _OWN_SPACE, _VISITED, _COVERS = range(4)
 """Indices of ``controller``, as in bpf/track.h."""
 NO_PROCESS = 1 << 31
 """From here on numbers are those of address spaces: no process has such a one."""
+
+
+_VMSTAT = 1 << 16
+"""More bytes than ``/proc/vmstat`` has."""
 
 
 class Coverage(StrEnum):
@@ -87,6 +92,7 @@ class Visits:
     """What BPF has counted of one address space; see ``struct visits`` in bpf/track.h."""
 
     all: int
+    faulted: int
     foreign: int
     written: int
     begun: int
@@ -116,7 +122,6 @@ class WrittenPages:
         self._drained = True
         self._left: list[tuple[Array, Array]] = []
         """Taken out of a map that nobody had drained."""
-        self._reclaims = self._freed = 0
         self._covering = programs.covering
         self._numbers = itertools.count(NO_PROCESS)
         self._never = itertools.count(1)
@@ -271,18 +276,23 @@ class WrittenPages:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
         visits = self._visits(space)
-        found = [visits.all, self._get("totals", _UNTOLD), self._lazily_freed(), self._missed()]
-        # What a plain visit has marked may still be to come: nothing equals that.
-        found.append(next(self._never) if visits.plain else 0)
+        found = [visits.all, self._get("totals", _UNTOLD), taken_unasked(), self._missed()]
+        found.append(self._open(visits))
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
             found += [tgid, counts.lost]
         return tuple(found)
 
+    def _open(self, visits: Visits) -> int:
+        """What a plain visit has marked may still be to come: nothing equals that."""
+        return next(self._never) if visits.plain else 0
+
     def map_evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the map of an address space to be the same."""
+        visits = self._visits(space)
         return (
-            self._visits(space).all,
+            visits.all,
+            visits.faulted,
             *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
         )
 
@@ -290,9 +300,11 @@ class WrittenPages:
         """What stays the same while nobody writes in an address space. ``tgids`` run in it, and are
         stopped, but for workers that the kernel gives them."""
         visits = self._visits(space)
-        known = (visits.all, visits.written, self._missed()) if self.spares_plain else ()
+        known: Evidence = (visits.foreign,)
+        if self.spares_plain:
+            known = visits.all, visits.written, visits.begun, self._missed(), self._open(visits)
         return (
-            *(known or (visits.foreign,)),
+            *known,
             self._get("totals", _UNTOLD),
             *(self.counts(tgid).faults for tgid in sorted(tgids)),
         )
@@ -343,13 +355,6 @@ class WrittenPages:
         """Faults at which the program that marks the writes of others could not run."""
         return bpf.runs(self._covering).missed if self.spares_plain else 0
 
-    def _lazily_freed(self) -> int:
-        """Pages that the kernel has taken without a lock, of any process: it tells nobody whose."""
-        reclaims = self._get("totals", _RECLAIMS)
-        if reclaims != self._reclaims:
-            self._reclaims, self._freed = reclaims, taken_unasked()
-        return self._freed
-
     def regions(self, tgids: Iterable[int], *, before: bool = False) -> U64:
         """Page ranges of the regions marked since the last :meth:`switch`; with ``before``, since
         the one before that."""
@@ -397,19 +402,22 @@ def _by_process(keys: Array, values: Array) -> dict[int, U64]:
 
 
 def taken_unasked() -> int:
-    """Pages given up with MADV_FREE that were reclaimed, and huge pages that were split because
-    they hardly had contents."""
-    return _vmstat("pglazyfreed", "thp_underused_split_page")
+    """Pages that the kernel has taken without a lock, of any process, for it tells nobody whose:
+    given up with MADV_FREE, or of huge pages that were split since they hardly had contents."""
+    return _vmstat(b"pglazyfreed", b"thp_underused_split_page")
 
 
 def huge_pages_split() -> int:
     """Mappings of huge pages that were split. Small pages set out from there without a trace."""
-    return _vmstat("thp_split_pmd")
+    return _vmstat(b"thp_split_pmd")
 
 
-def _vmstat(*names: str) -> int:
-    with open("/proc/vmstat") as file:
-        return sum(int(line.split()[1]) for line in file if line.startswith(names))
+def _vmstat(*names: bytes) -> int:
+    """The sum of some counters of the kernel; those that it has not got are 0."""
+    with open("/proc/vmstat", "rb", buffering=0) as file:
+        lines = b"\n" + os.read(file.fileno(), _VMSTAT)
+    ends = (lines.partition(b"\n" + name + b" ")[2] for name in names)
+    return sum(int(end.partition(b"\n")[0] or 0) for end in ends)
 
 
 def decode(regions: U64, words: U64) -> U64:

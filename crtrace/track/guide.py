@@ -17,6 +17,7 @@ told as late, and that address space is not guided any more.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -37,16 +38,28 @@ from crtrace.units import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """What a look at everything is based on: equal as long as only marks tell of changes."""
+
+    counts: Evidence
+    moved: object = field(default=None, compare=False)
+    """Stays the same while no page moves to other memory: then soft-dirty bits are set at times."""
+
+
 class Guide:
     """Bounds the scans of one address space; ``space`` is BPF's name of it, ``number`` what the
-    writes of others to it are marked under."""
+    writes of others to it are marked under; ``by_bits``: soft-dirty bits tell what is written."""
 
-    def __init__(self, marks: WrittenPages, space: int, number: int) -> None:
+    def __init__(
+        self, marks: WrittenPages, space: int, number: int, *, by_bits: bool = False
+    ) -> None:
         self._marks = marks
         self._space = space
+        self._by_bits = by_bits
         self.number = number
-        self._since: Evidence | None = None
-        """The counts from before everything was last looked at; None: look at everything."""
+        self._since: Basis | None = None
+        """From before everything was last looked at; None: look at everything."""
         self._found: U64 | None = None
         self._in_flight = no_pages()
         self._blind = False
@@ -54,6 +67,8 @@ class Guide:
         self._foreign = 0
         self._begun = 0
         """Plain visits when the counts were looked at last."""
+        self._faults = 0
+        """Of who runs in it, likewise."""
         self._written_by_others = 0
         """As of the last pause."""
 
@@ -67,10 +82,14 @@ class Guide:
             self._marks.live_in(self._space, tgid)
         self._tgids = set(tgids)
 
-    def evidence(self, tgids: Collection[int], changes: int) -> Evidence:
+    def evidence(self, tgids: Collection[int], changes: int) -> Basis:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
-        self._begun = self._marks.plain_visits(self._space)
-        return (changes, *self._marks.evidence(self._space, tgids))
+        self._begun, self._faults = self._marks.plain_visits(self._space), self._count_faults(tgids)
+        moved = self._marks.migrations() if self._by_bits else None
+        return Basis((changes, *self._marks.evidence(self._space, tgids)), moved)
+
+    def _count_faults(self, tgids: Collection[int]) -> int:
+        return sum(self._marks.counts(tgid).faults for tgid in tgids)
 
     def map_evidence(self, tgids: Collection[int]) -> Evidence:
         """Counts that stay the same while nobody changes what is mapped."""
@@ -91,14 +110,15 @@ class Guide:
             partial(self._marks.unlike_bits, self._space),
         )
 
-    def holds(self, evidence: Evidence) -> bool:
+    def holds(self, evidence: Basis) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""
         return evidence == self._since and not self._blind
 
-    def paused(self) -> None:
-        """Marks go to the next generation since the last scan, that of a pause. What began to be
-        marked in between is in neither."""
-        if self._marks.plain_visits(self._space) != self._begun:
+    def paused(self, tgids: Collection[int]) -> None:
+        """Marks go to the next generation since the last scan, that of a pause. What was marked in
+        between, by who does not stand still, is in neither."""
+        begun, faults = self._marks.plain_visits(self._space), self._count_faults(tgids)
+        if (begun, faults) != (self._begun, self._faults):
             self.doubt()
         self._written_by_others = self._marks.written_by_others(self._space)
 
@@ -114,9 +134,15 @@ class Guide:
         regions = self._marks.regions([*tgids, self.number], before=turned)
         return merge(regions, self._in_flight)
 
-    def everything_seen(self, evidence: Evidence) -> None:
+    def everything_seen(self, evidence: Basis) -> None:
         """All was looked at, after the counts were as in ``evidence``."""
         self._since = evidence
+
+    def looked_ahead(self, evidence: Basis) -> None:
+        """The same, but while it runs: faults from before the last switch may still be to come, if
+        no scan has told."""
+        if self._since is not None:
+            self._since = evidence
 
     def doubt(self) -> None:
         """Look at everything next time."""
@@ -145,15 +171,26 @@ class Guide:
         ``gone`` had no contents in it."""
         marked, numbers = self._marks.marked_now(), [*tgids, self.number]
         ours = merge(*(to_ranges(marked[each]) for each in numbers if each in marked))
-        # A fault can bring more than its own page, where there was none.
-        ours = merge(ours, intersect(self._marks.regions(numbers), gone))
+        # A fault can bring more than its own page where there was none; put small pages of zeros in
+        # the place of a huge one; and set the soft-dirty bits of all of a huge page.
+        regions = self._marks.regions(numbers)
+        ours = merge(ours, intersect(regions, merge(gone, _whole_regions(look.written))))
         written = subtract(look.written, ours)
-        return count_pages(written) + count_pages(subtract(look.absent, gone))
+        return count_pages(written) + count_pages(subtract(look.absent, merge(gone, regions)))
 
-    def judge(self, unexplained: int, before: Evidence, after: Evidence) -> bool:
+    def judge(self, unexplained: int, before: Basis, after: Basis) -> bool:
         """Whether so many pages are late: they have changed although no count has. ``before`` and
         ``after`` that look at everything."""
-        late = unexplained > 0 and self.holds(after)
+        moved = self._since is not None and self._since.moved != after.moved
+        late = unexplained > 0 and self.holds(after) and not moved
         self._blind |= late
         self._since = None if unexplained else before
         return late
+
+
+def _whole_regions(ranges: U64) -> U64:
+    """Of page ranges, what is whole regions."""
+    first = (ranges[:, 0] + np.uint64(REGION_PAGES - 1)) // np.uint64(REGION_PAGES)
+    end = ranges[:, 1] // np.uint64(REGION_PAGES)
+    whole = first < end
+    return np.stack((first[whole], end[whole]), axis=1) * np.uint64(REGION_PAGES)

@@ -47,7 +47,7 @@ MAPS = (
     "written0", "written1", "targets", "generation", "totals", "question", "controller", "visits",
     "homes", "faulting", "plain", "fresh",
 )  # fmt: skip
-RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel", "mm_vmscan_lru_shrink_inactive")
+RAW_TRACEPOINTS = ("page_fault_user", "page_fault_kernel")
 LOCKS = ("mmap_lock_acquire_returned", "mmap_lock_released")
 """Raw tracepoints, too, of the mmap lock."""
 TRACEPOINTS = (

@@ -5,6 +5,10 @@ running target would write unseen: so a scan wants it stopped. Who cannot be sto
 lock of the address space, which ``clear_refs`` holds: so whoever wrote in between was counted by
 then. Where the kernel loses a bit, or keeps a page writable that has none, or somebody was counted,
 all that may be concerned counts as written.
+
+A bounded scan takes no bits off, which could only be done to all: so everything can be looked at
+before it and after it, while the target runs. What it finds counts as written until bits are taken
+off again.
 """
 
 from __future__ import annotations
@@ -12,6 +16,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -23,10 +28,11 @@ from crtrace.faults import point
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.libc import kernel_version
-from crtrace.linux.pagemap import SOFT_DIRTY, SWAPPED, Filter, Scanner
+from crtrace.linux.pagemap import SOFT_DIRTY, SWAPPED, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.armer import How, Scan, Told, Unbounded
+from crtrace.track.armer import How, Look, Scan, Told
+from crtrace.track.windows import effort, large, worth_while
 from crtrace.units import (
     PAGE_SHIFT,
     PAGE_SIZE,
@@ -41,9 +47,14 @@ from crtrace.units import (
 
 SINCE = (6, 1)
 """The oldest Linux on which this was tried, of those that tell who is in the target's memory."""
+BOUNDED_UNTIL = (6, 12)
+"""The newest on which bounds were tried. Later ones discard pages without the lock of the address
+space, where no userfaultfd is, and nobody tells."""
 CANARIES = 4
 """Pages that are kept soft-dirty, so that somebody else's clearing shows."""
-DIRTY = Filter(need=SOFT_DIRTY, exclude=pagemap.OWN.exclude)
+A_READ = 32
+"""Pages that a scan of everything passes while one is read once more. It only decides which of two
+exact ways is taken."""
 _CLEAR = b"4"
 
 
@@ -82,8 +93,18 @@ class Bits:
     away: U64
     zeros: U64
 
+    def renewed(self, windows: U64, there: Bits) -> Bits:
+        """With what was found in page ranges later; bits stay on."""
 
-class SoftDirtyArmer(Unbounded):
+        def now(before: U64, found: U64) -> U64:
+            return merge(subtract(before, windows), found)
+
+        own = now(self.own, there.own)
+        dirty = intersect(merge(self.dirty, there.dirty), own)
+        return Bits(own, dirty, now(self.away, there.away), now(self.zeros, there.zeros))
+
+
+class SoftDirtyArmer:
     """Arms one process. Nothing of it is in the target, so nothing has to be taken back: a page
     that is written later costs one page fault, and that is all."""
 
@@ -107,7 +128,15 @@ class SoftDirtyArmer(Unbounded):
         """Found written while the kernel moved them to other memory, perhaps: they arrive writable,
         and without a bit."""
         self._unlike_bits: tuple[object, object, object] = None, None, None
-        """As told before the last scan."""
+        """As told before the bits were last taken off."""
+        self._seen: Bits | None = None
+        """As everything was last looked at since then, and renewed by bounded scans."""
+        self._left = no_pages()
+        """What bounded scans have found since then, of what has bits."""
+        self._read_again = 0
+        """Pages of it that were read in vain, perhaps."""
+        self._effort = 0
+        """How much a scan of everything has to do, in pages."""
         try_on_ourselves()
         try:
             self._pagemap = process.open("pagemap")
@@ -130,11 +159,44 @@ class SoftDirtyArmer(Unbounded):
             ) from error
 
     def scan(self, space: AddressSpace, how: How) -> Scan:
-        """See :class:`crtrace.track.armer.Armer`; always with the target stopped, and always
-        everywhere: all bits are taken off, also those of pages that bounds would leave out, and
-        afterwards nobody could see that the bounds were wrong."""
+        """See :class:`crtrace.track.armer.Armer`; always with the target stopped."""
         if not how.stopped:
-            raise ValueError("soft-dirty bits are only read while the target is stopped")
+            raise ValueError("soft-dirty bits are only taken off while the target is stopped")
+        return self._scan_within(space, how) or self._scan_all(space, how)
+
+    def _scan_within(self, space: AddressSpace, how: How) -> Scan | None:
+        """A bounded scan; None where that is not exact, or not worth it."""
+        if not self._seen or (windows := self._windows(space, how)) is None:
+            return None
+        there = self._bits(windows)
+        if not self._canaries_live(there.dirty) or how.told.unlike_bits() != self._unlike_bits:
+            return None
+        self._seen = bits = self._seen.renewed(windows, there)
+        unlike = merge(self._without_bits(), bits.zeros)
+        written = intersect(bits.own, merge(bits.dirty, self._moving, unlike))
+        unarmed, left = intersect(bits.own, unlike), self._left
+        self._left = merge(left, subtract(written, unlike))
+        return Scan(written, subtract(EVERYTHING, bits.own), unarmed, left, bounded=True)
+
+    def _windows(self, space: AddressSpace, how: How) -> U64 | None:
+        """Where to look, given the bounds; None: everywhere, and take the bits off.
+
+        Mapped files and what was not in memory are not bounded, as in ``track/userfaultfd``.
+        """
+        if how.ahead or how.within is None or not self._seen or self._doubtful:
+            return None
+        if space.changes != self._map_as_of or how.told.unlike_bits() != self._unlike_bits:
+            return None
+        self._read_again += count_pages(self._left)
+        if A_READ * self._read_again > self._effort:
+            return None
+        within = intersect(how.within, space.anonymous)
+        beyond = merge(space.private_files, self._seen.away, self._canaries)
+        return worth_while(merge(within, beyond), self._effort, beside=False)
+
+    def _scan_all(self, space: AddressSpace, how: How) -> Scan:
+        """Read all bits and take them off."""
+        self._seen, self._left, self._read_again = None, no_pages(), 0
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
         migrated, before = how.told.migrated(), how.told.others()
         replaced, joined = self._unlike(how.told)
@@ -163,8 +225,8 @@ class SoftDirtyArmer(Unbounded):
         replaced, grown, remade = (b != n for b, n in zip(before, self._unlike_bits, strict=True))
         return replaced, grown and remade
 
-    def _bits(self) -> Bits:
-        ranges, categories = self._scanner.scan(pagemap.OWN, report=SOFT_DIRTY | SWAPPED)
+    def _bits(self, windows: U64 | None = None) -> Bits:
+        ranges, categories = self._scanner.scan(pagemap.OWN, windows, report=SOFT_DIRTY | SWAPPED)
         zeros, _ = self._scanner.scan(pagemap.ZEROS, self._space.private_files)
         dirty = categories & np.uint64(SOFT_DIRTY) != 0
         away = categories & np.uint64(SWAPPED) != 0
@@ -223,8 +285,26 @@ class SoftDirtyArmer(Unbounded):
 
     def written_now(self) -> int:
         """See :class:`crtrace.track.armer.Armer`: all of a huge page is dirty after one fault."""
-        ranges, _ = self._scanner.scan(DIRTY, report=SOFT_DIRTY)
-        return count_pages(ranges)
+        self._space.refresh()
+        self._seen = self._bits()
+        self._effort = effort(count_pages(self._seen.own), len(self._space.vmas))
+        return count_pages(self._seen.own if self._doubtful else self._seen.dirty)
+
+    def boundable(self) -> bool:
+        """See :class:`crtrace.track.armer.Armer`."""
+        return large(self._effort) and kernel_version() <= BOUNDED_UNTIL
+
+    def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
+        """See :class:`crtrace.track.armer.Armer`."""
+        # What was on its way may have arrived, and where dirty memory is moved, bits are set.
+        known = merge(self._left, self._seen.away if self._seen else no_pages())
+        self._seen = self._bits()
+        written = subtract(self._seen.dirty, known)
+        absent = subtract(space.anonymous, merge(self._seen.own, space.vdso))
+        return Look(intersect(written, space.anonymous), absent)
+
+    def let_go(self, address: int) -> None:
+        """See :class:`crtrace.track.armer.Armer`: nobody waits for it."""
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""

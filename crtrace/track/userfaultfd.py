@@ -189,7 +189,7 @@ class UserfaultfdArmer:
             self._effort = effort(present, len(space.vmas))
         found = merge(subtract(written, of_files), fresh, markers, zeros)
         self._doubtful = False
-        return Scan(found, gone, unarmed, windows is not None)
+        return Scan(found, gone, unarmed, bounded=windows is not None)
 
     def written_now(self) -> None:
         """See :class:`crtrace.track.armer.Armer`: a fault for each page."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from crtrace.capture.attach import attached
 from crtrace.capture.session import Session
 from crtrace.demo.judge import Judge, Verdict
@@ -79,3 +81,16 @@ def _contents(epoch: Epoch, vma: Vma, run: Run) -> bytes:
     with open(epoch.files[vma.file].path, "rb") as file:
         file.seek(vma.pgoff + run.addr - vma.start)
         return file.read(size).ljust(size, b"\0")
+
+
+def take_with(judge: Judged, action: Any, before: str) -> None:
+    """An exact epoch, in which ``action`` runs before a step of the session."""
+    step = getattr(judge.session, before)
+
+    def with_action(*args: Any) -> Any:
+        action()
+        return step(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(judge.session, before, with_action)
+        judge.take()

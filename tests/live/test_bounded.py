@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,14 +16,14 @@ import pytest
 
 from crtrace.linux.pagemap import SWAPPED, Filter
 from crtrace.linux.procfs import Process
-from crtrace.track import loader, userfaultfd, windows
+from crtrace.track import loader, softdirty, userfaultfd, windows
 from crtrace.track.bytecode import BpfMap
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, kernel_types
 from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn, armed_by, asked_of, skip_unless_visits_are_told
-from tests.live.exactness import judged
+from tests.live.exactness import judged, take_with
 from tests.live.harness import Target, flip_byte, maps
 from tests.live.test_ways import RACING, WAYS, Scene, Stage, ksm, machine
 
@@ -46,10 +47,11 @@ def small_targets_too() -> Iterator[None]:
         patch.setattr(windows, "LARGE", 1)
         patch.setattr(windows, "A_CALL", 0)
         patch.setattr(windows, "HELP", 1)
+        patch.setattr(softdirty, "A_READ", 0)
         yield
 
 
-@pytest.fixture(params=asked_of("userfaultfd"), scope="module")
+@pytest.fixture(params=asked_of("userfaultfd", "soft-dirty"), scope="module")
 def armer(request: pytest.FixtureRequest) -> Iterator[str]:
     """Each armer whose scans can be bounded, where the kernel has what it needs."""
     yield from armed_by(request.param, request)
@@ -198,6 +200,36 @@ def test_a_target_is_exact_while_the_kernel_compacts_memory(spawn: Spawn, tmp_pa
     finally:
         ended.set()
         thread.join()
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Iterator[Path]:
+    """Who writes "1" to this file splits all huge pages."""
+    mounted = tmp_path / "debugfs"
+    mounted.mkdir()
+    file = mounted / "split_huge_pages"
+    try:
+        subprocess.run(["mount", "-t", "debugfs", "debugfs", mounted], check=True)
+        file.write_text("1")
+        yield file
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"cannot run here: debugfs splits no huge pages: {error}")
+    finally:
+        subprocess.run(["umount", mounted], check=False, capture_output=True)
+
+
+@pytest.mark.usefixtures("armer")
+def test_huge_pages_that_are_split_are_not_late(spawn: Spawn, tmp_path: Path, split: Path) -> None:
+    """Where dirty memory is split or moved, the kernel may set soft-dirty bits that nobody set."""
+    target = spawn("bench", "--mib", 64)
+    target.obey("write 2")
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        for step in MOMENTS.values():
+            take_with(judge, partial(split.write_text, "1"), step)
+            judge.take()
+    assert any(stats["scans_bounded"] for stats in judge.stats)
+    assert not any(stats["pages_late"] for stats in judge.stats)
 
 
 @pytest.mark.usefixtures("armer")

@@ -115,6 +115,31 @@ def test_the_kernel_is_asked_what_is_empty_only_where_little_is_there(
     memory.close()
 
 
+def test_words_are_read_again_where_the_kernel_left_some_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As before Linux 6.5 where a huge page goes meanwhile: the rest moves up."""
+    memory = mmap.mmap(-1, 64 * PAGE_SIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory[60 * PAGE_SIZE] = 1
+    first = np.frombuffer(memory, dtype=np.uint8).ctypes.data // PAGE_SIZE
+    within = np.array([[first, first + 64]], dtype=np.uint64)
+    pread, whole = os.pread, []
+
+    def left_out(fd: int, size: int, at: int) -> bytes:
+        raw = pread(fd, size, at)
+        whole.append(len(raw))
+        return raw[80:] if len(whole) == 1 else raw
+
+    with Process(Pid(os.getpid())) as process, open("/proc/self/pagemap", "rb") as file:
+        space = AddressSpace(process)
+        space.refresh()
+        scanner = PlainScanner(file.fileno(), space)
+        monkeypatch.setattr(os, "pread", left_out)
+        ranges, _ = scanner.scan(Filter(exclude=pagemap.FILE), within)
+    assert (ranges - np.uint64(first)).tolist() == [[60, 61]]
+    assert whole == [512, 512]
+
+
 @pytest.mark.parametrize("lacking", ["userfaultfd", "pagemap_scan"])
 def test_watch_does_without_what_the_kernel_lacks(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lacking: str

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, Programs
 from crtrace.units import PAGE_SIZE, Pid
 from tests.live.conftest import Spawn
-from tests.live.exactness import Judged, judged
+from tests.live.exactness import judged, take_with
 from tests.live.harness import Target, compile_target
 from tests.live.test_bounded import BOUNDABLE, small_targets_too
 from tests.live.test_marks import pages_between
@@ -173,11 +172,24 @@ def test_a_plain_visit_that_is_under_way_equals_nothing() -> None:
         assert not guide.holds(guide.evidence([], 0))
         visits(marks, 99, all=5, begun=4)
         guide.everything_seen(guide.evidence([], 0))
-        guide.paused()
+        guide.paused([])
         assert guide.holds(guide.evidence([], 0))
         visits(marks, 99, all=5, begun=5)  # between the scan of a pause and what follows
-        guide.paused()
+        guide.paused([])
         assert not guide.holds(guide.evidence([], 0))
+
+
+def test_a_plain_visit_that_is_under_way_may_write_at_any_time(covering: Programs) -> None:
+    marks = WrittenPages(covering)
+    if not marks.spares_plain:
+        pytest.skip(
+            "cannot run here: the kernel does not count the runs of probes that were missed"
+        )
+    visits(marks, 99, begun=3)
+    assert marks.written_meanwhile(99, []) == marks.written_meanwhile(99, [])
+    visits(marks, 99, begun=3, plain=1)
+    assert marks.written_meanwhile(99, []) != marks.written_meanwhile(99, [])
+    marks.leave_space(99)
 
 
 def test_a_probe_that_marks_nothing_is_no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,19 +248,6 @@ def test_no_write_of_others_is_missed(stage: Stage, way: str) -> None:
             stats = it.take()
             assert stats["bpf_missed"] == 0
             assert stats["bpf_coverage"] == "page faults, writes by others"
-
-
-def take_with(judge: Judged, action: Any, before: str) -> None:
-    """An exact epoch, in which ``action`` runs before a step of the session."""
-    step = getattr(judge.session, before)
-
-    def with_action(*args: Any) -> Any:
-        action()
-        return step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge.session, before, with_action)
-        judge.take()
 
 
 @pytest.mark.usefixtures("userfaultfd", "covering", "small_targets_too")

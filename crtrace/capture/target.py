@@ -19,7 +19,7 @@ from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Armer, How, Scan, Told
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
-from crtrace.track.dirty import Evidence, WrittenPages
+from crtrace.track.dirty import WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.units import U64, contains, merge, no_pages
 
@@ -43,7 +43,7 @@ class Target:
         """What was written for the last epoch, where something may still be under way into it: a
         direct read, or what somebody else does."""
         self._guide: Guide | None = None
-        self._map_as_of: Evidence | None = None
+        self._map_as_of: tuple[int, ...] = ()
         """The counts when the map was read."""
         self.pins = Pins()
         self.limits: list[str] = []

@@ -8,8 +8,9 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -87,8 +88,7 @@ class Counts:
     map_changes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Visits:
+class Visits(NamedTuple):
     """What BPF has counted of one address space; see ``struct visits`` in bpf/track.h."""
 
     all: int
@@ -97,13 +97,25 @@ class Visits:
     written: int
     begun: int
     plain: int
+    writer: int
     replaced: int
     grown: int
     remade: int
+    number: int
+    reserved: int
 
 
-Evidence = tuple[int, ...]
-"""Counts that all stay the same while nothing changes memory but what is marked."""
+assert VISITS.names == Visits._fields
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """Equal while nothing changes an address space but what is marked; and, of the same moment, how
+    many plain visits had begun, and write faults of who runs in it."""
+
+    counts: tuple[int, ...]
+    begun: int = field(compare=False)
+    faults: int = field(compare=False)
 
 
 class WrittenPages:
@@ -237,8 +249,7 @@ class WrittenPages:
         """The live counters; zeros once the process is not marked any more."""
         value = np.zeros(1, dtype=TARGET)
         bpf.lookup(self._maps["targets"], _u32(tgid), value)
-        row = value[0]
-        return Counts(*(int(row[name]) for name in ("faults", "lost", "map_changes")))
+        return Counts(*value.item()[:3])
 
     def lost_children(self) -> int:
         """Forks that were not followed because the target map was full."""
@@ -275,32 +286,33 @@ class WrittenPages:
     def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        visits = self._visits(space)
-        found = [visits.all, self._get("totals", _UNTOLD), taken_unasked(), self._missed()]
-        found.append(self._open(visits))
+        visits, found = self.visits(space), [self._get("totals", _UNTOLD), taken_unasked()]
+        found += [visits.all, self._missed(), self._open(visits)]
+        faults = 0
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
             found += [tgid, counts.lost]
-        return tuple(found)
+            faults += counts.faults
+        return Evidence(tuple(found), visits.begun, faults)
 
     def _open(self, visits: Visits) -> int:
         """What a plain visit has marked may still be to come: nothing equals that."""
         return next(self._never) if visits.plain else 0
 
-    def map_evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
+    def map_evidence(self, space: int, tgids: Iterable[int]) -> tuple[int, ...]:
         """What must stay as it is for the map of an address space to be the same."""
-        visits = self._visits(space)
+        visits = self.visits(space)
         return (
             visits.all,
             visits.faulted,
             *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
         )
 
-    def written_meanwhile(self, space: int, tgids: Iterable[int]) -> Evidence:
+    def written_meanwhile(self, space: int, tgids: Iterable[int]) -> tuple[int, ...]:
         """What stays the same while nobody writes in an address space. ``tgids`` run in it, and are
         stopped, but for workers that the kernel gives them."""
-        visits = self._visits(space)
-        known: Evidence = (visits.foreign,)
+        visits = self.visits(space)
+        known: tuple[int, ...] = (visits.foreign,)
         if self.spares_plain:
             known = visits.all, visits.written, visits.begun, self._missed(), self._open(visits)
         return (
@@ -312,12 +324,12 @@ class WrittenPages:
     def foreign_visits(self, space: int) -> int:
         """How often somebody who does not run in it took the lock of an address space, or who does
         but writes in such a way that the data may come after a scan has armed the page again."""
-        return self._visits(space).foreign
+        return self.visits(space).foreign
 
     def unlike_bits(self, space: int) -> tuple[int, int, int]:
         """How often somebody may have done to a space what soft-dirty bits do not tell: put other
         pages in place, or moved some; joined a new mapping with an old one; joined two old ones."""
-        visits = self._visits(space)
+        visits = self.visits(space)
         return visits.replaced, visits.grown, visits.remade
 
     def migrations(self) -> object:
@@ -337,19 +349,15 @@ class WrittenPages:
             return False
         return True
 
-    def plain_visits(self, space: int) -> int:
-        """How many visits have begun that change memory by page faults only."""
-        return self._visits(space).begun
-
     def written_by_others(self, space: int) -> int:
         """Write faults in it that are not in the counts of the processes that run in it."""
-        return self._visits(space).written
+        return self.visits(space).written
 
-    def _visits(self, space: int) -> Visits:
+    def visits(self, space: int) -> Visits:
+        """All that is counted of it; zeros once it is not any more."""
         value = np.zeros(1, dtype=VISITS)
         bpf.lookup(self._maps["visits"], _u64(space), value)
-        row = value[0]
-        return Visits(*(int(row[field.name]) for field in fields(Visits)))
+        return Visits(*value.item())
 
     def _missed(self) -> int:
         """Faults at which the program that marks the writes of others could not run."""

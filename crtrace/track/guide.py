@@ -42,7 +42,8 @@ from crtrace.units import (
 class Basis:
     """What a look at everything is based on: equal as long as only marks tell of changes."""
 
-    counts: Evidence
+    map_changes: int
+    evidence: Evidence
     moved: object = field(default=None, compare=False)
     """Stays the same while no page moves to other memory: then soft-dirty bits are set at times."""
 
@@ -84,14 +85,11 @@ class Guide:
 
     def evidence(self, tgids: Collection[int], changes: int) -> Basis:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
-        self._begun, self._faults = self._marks.plain_visits(self._space), self._count_faults(tgids)
-        moved = self._marks.migrations() if self._by_bits else None
-        return Basis((changes, *self._marks.evidence(self._space, tgids)), moved)
+        found = self._marks.evidence(self._space, tgids)
+        self._begun, self._faults = found.begun, found.faults
+        return Basis(changes, found, self._marks.migrations() if self._by_bits else None)
 
-    def _count_faults(self, tgids: Collection[int]) -> int:
-        return sum(self._marks.counts(tgid).faults for tgid in tgids)
-
-    def map_evidence(self, tgids: Collection[int]) -> Evidence:
+    def map_evidence(self, tgids: Collection[int]) -> tuple[int, ...]:
         """Counts that stay the same while nobody changes what is mapped."""
         self.settle(tgids)
         return self._marks.map_evidence(self._space, tgids)
@@ -117,10 +115,11 @@ class Guide:
     def paused(self, tgids: Collection[int]) -> None:
         """Marks go to the next generation since the last scan, that of a pause. What was marked in
         between, by who does not stand still, is in neither."""
-        begun, faults = self._marks.plain_visits(self._space), self._count_faults(tgids)
-        if (begun, faults) != (self._begun, self._faults):
+        visits = self._marks.visits(self._space)
+        faults = sum(self._marks.counts(tgid).faults for tgid in tgids)
+        if (visits.begun, faults) != (self._begun, self._faults):
             self.doubt()
-        self._written_by_others = self._marks.written_by_others(self._space)
+        self._written_by_others = visits.written
 
     def written_by_others(self) -> int:
         """Write faults since the last pause that are not in the counts of who runs in it."""

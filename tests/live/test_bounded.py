@@ -7,6 +7,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from crtrace.linux.pagemap import SWAPPED, Filter
 from crtrace.linux.procfs import Process
 from crtrace.track import loader, softdirty, userfaultfd, windows
 from crtrace.track.bytecode import BpfMap
-from crtrace.track.dirty import WrittenPages
+from crtrace.track.dirty import Evidence, WrittenPages
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, kernel_types
 from crtrace.units import PAGE_SIZE, U64, Pid
@@ -123,8 +124,14 @@ def test_what_nobody_could_notice_is_told_afterwards(
         judge.take()
         assert judge.take()
         assert judge.stats[-1]["scans_bounded"]
-        # As if no count had changed, whatever happens.
-        monkeypatch.setattr(WrittenPages, "evidence", lambda marks, space, tgids: (0,))
+        evidence = WrittenPages.evidence
+
+        def as_if_no_count_had_changed(
+            marks: WrittenPages, space: int, tgids: list[int]
+        ) -> Evidence:
+            return replace(evidence(marks, space, tgids), counts=())
+
+        monkeypatch.setattr(WrittenPages, "evidence", as_if_no_count_had_changed)
         pause = judge.session._pause
         judge.session.checkpoint("the counts are the same from here")
 
@@ -255,7 +262,7 @@ def test_a_ring_that_is_full_makes_scans_look_everywhere(
             return step(*args)
 
         def untold() -> int:
-            return judge.session._marks.evidence(0, [])[1]
+            return judge.session._marks.evidence(0, []).counts[0]
 
         assert untold() == 0
         monkeypatch.setattr(judge.session, "_pause", write_much)

@@ -109,9 +109,10 @@ static __always_inline int mark_written(u64 address)
 
 	if (!target)
 		return 0;
-	__sync_fetch_and_add(&target->faults, 1);
 	if (!mark(tgid, address))
 		__sync_fetch_and_add(&target->lost, 1);
+	/* Last, so that whoever has read it can read the mark. */
+	__sync_fetch_and_add(&target->faults, 1);
 	return 1;
 }
 
@@ -342,8 +343,8 @@ static __always_inline bool replaces(bool at_home, bool for_reading, u64 call,
  * Who takes the lock of an address space may change memory without a page fault: pages that the
  * kernel writes to for somebody, or discards. Counted when it is taken, for what goes on meanwhile,
  * and when it is let go, for what began earlier. A fault in kernel mode takes the lock itself and is
- * no reason to count: it is marked. Nor is a plain visit, or a fault in user mode, which takes this
- * lock on older kernels only and for some: but the stack may grow by it. What the controller does
+ * no reason to count: it is marked. Nor is a plain visit, or a fault in user mode; that takes this lock
+ * always before Linux 6.4, and at times later, and the stack may grow by it. What the controller does
  * changes nothing.
  */
 static __always_inline void visit(u64 space, bool writes, bool over)

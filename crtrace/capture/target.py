@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from crtrace.errors import TargetGone
 from crtrace.image.tables import VmaFlag
-from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.addrspace import AddressSpace, filled_by_reads
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import scanner
 from crtrace.linux.pins import Pins
@@ -46,6 +46,8 @@ class Target:
         self._map_as_of: tuple[int, ...] = ()
         """The counts when the map was read."""
         self.pins = Pins()
+        self._filled_by_reads = False
+        """Faults for reading bring memory that can be written without another."""
         self.limits: list[str] = []
         """What of it is not seen, and why."""
         self._pagemap = -1
@@ -120,13 +122,15 @@ class Target:
     def guided(self, tgids: list[int]) -> bool:
         """Whether a scan now would be bounded by what is marked, or as short without."""
         guide = self._guide_for(tgids)
-        return not guide or guide.holds(guide.evidence(tgids, self.map.changes))
+        return not guide or guide.holds(guide.basis(tgids, self.map.changes))
 
     def _guide_for(self, tgids: list[int]) -> Guide | None:
         """What bounds a scan, if anything can."""
         # io_uring's workers are not stopped, so their faults may be under way all the time.
         # A userfaultfd's pages are moved without the lock that is counted.
-        unknown = not all(tgids) or self.pins.rings or self.pins.userfaultfds
+        unknown = (
+            not all(tgids) or self.pins.rings or self.pins.userfaultfds or self._filled_by_reads
+        )
         return None if unknown or not self.armer.boundable() else self._guide
 
     def scan(
@@ -149,21 +153,21 @@ class Target:
         if not guide:
             self.doubt()
             return self.armer.scan(self.map, How(stopped, ahead, beside=beside, told=told))
-        evidence = guide.evidence(tgids, self.map.changes)
-        within = guide.bounds(tgids, turned=turned) if guide.holds(evidence) else None
+        basis = guide.basis(tgids, self.map.changes)
+        within = guide.bounds(tgids, turned=turned) if guide.holds(basis) else None
         scan = self.armer.scan(self.map, How(stopped, ahead, within, beside, told))
         if not scan.bounded:
-            guide.everything_seen(evidence)
+            guide.everything_seen(basis)
         guide.scanned(scan.written, turned=turned, stopped=stopped)
         return scan
 
     def written_now(self, tgids: list[int]) -> int:
         """See :meth:`crtrace.track.armer.Armer.written_now`; 0 where only BPF has counted."""
         guide = self._guide_for(tgids)
-        evidence = guide.evidence(tgids, self.map.changes) if guide else None
+        basis = guide.basis(tgids, self.map.changes) if guide else None
         written = self.armer.written_now()
-        if guide and evidence and written is not None:
-            guide.looked_ahead(evidence)
+        if guide and basis and written is not None:
+            guide.looked_ahead(basis)
         return written or 0
 
     def paused(self, tgids: list[int]) -> None:
@@ -199,10 +203,10 @@ class Target:
         last look at everything. ``gone`` as that scan had it."""
         guide = self._guide
         assert guide
-        before = guide.evidence(tgids, self.map.changes)
+        before = guide.basis(tgids, self.map.changes)
         found = guide.unexplained(self.armer.look(self.map, beside), tgids, gone)
         self.map.refresh()
-        late = guide.judge(found, before, guide.evidence(tgids, self.map.changes))
+        late = guide.judge(found, before, guide.basis(tgids, self.map.changes))
         return found if late else 0
 
     @property
@@ -216,6 +220,7 @@ class Target:
         if self.compared:
             return  # all is read each time anyway
         self.pins.find(self.process)
+        self._filled_by_reads = filled_by_reads()
         self.visited()
         who = f"process {self.process.pid}"
         if pinned := self.pins.unexplained(self.process):

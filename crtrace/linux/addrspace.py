@@ -151,6 +151,15 @@ class AddressSpace:
         return [vma for vma, on in zip(self.vmas, np.cumsum(hit)[:-1], strict=True) if on]
 
 
+def filled_by_reads() -> bool:
+    """Whether a fault for reading can bring a huge page of the process's own."""
+    try:
+        with open("/sys/kernel/mm/transparent_hugepage/use_zero_page") as file:
+            return file.read().strip() == "0"
+    except OSError:
+        return False
+
+
 def open_mapped(process: Process, vma: Vma) -> int:
     """A descriptor of the inode that a VMA maps, whatever became of its name; ``OSError``."""
     return os.open(

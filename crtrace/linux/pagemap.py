@@ -64,10 +64,8 @@ NOTHING_THERE = Filter(inverted=PRESENT, any_of=PRESENT | PFNZERO)
 
 OWN = Filter(exclude=FILE | PFNZERO | GUARD)
 """Pages with contents of their own. The kernel takes ten times as long for these, see above."""
-ZEROS = Filter(need=PFNZERO)
-"""In private mappings of files: own pages that KSM has found to be zeros."""
-OWN_OF_FILE = Filter(exclude=FILE | GUARD)
-"""All own pages there."""
+OWN_OR_ZEROS = Filter(exclude=FILE | GUARD)
+"""And the zero page: in private mappings of files, where KSM has found own pages to be zeros."""
 
 
 class Scanner(Protocol):

@@ -42,8 +42,8 @@ class How:
     ahead: bool = False
     """What it finds is copied while the target runs on, and scanned again in this epoch."""
     within: U64 | None = None
-    """Page ranges outside of which nothing has changed since the last scan that was not bounded,
-    but what bounded scans have found."""
+    """Page ranges outside of which nothing has changed since everything was last looked at, but
+    what bounded scans have found since."""
     beside: ThreadPoolExecutor | None = None
     """A thread that may do a part of it."""
     told: Told = Told()
@@ -78,8 +78,9 @@ class Look:
 class Armer(Protocol):
     """Notices which pages of one address space are written.
 
-    A page that ``scan`` reports as written is armed again by the time it returns, so a later
-    write is in a later scan. The caller reads its contents after that, and may let the target run.
+    A page that ``scan`` reports as written is armed again by the time it returns, or in every scan
+    until it is, so a later write is in a later scan. The caller reads its contents after that, and
+    may let the target run.
     """
 
     name: str

@@ -54,9 +54,9 @@ class CompareArmer:
 
     def everything(self) -> U64:
         """See :class:`crtrace.track.armer.Armer`."""
-        ranges, _ = self._scanner.scan(pagemap.OWN)
-        zeros, _ = self._scanner.scan(pagemap.ZEROS, self._space.private_files)
-        return merge(ranges, zeros)
+        ranges, categories = self._scanner.scan(pagemap.OWN_OR_ZEROS, report=pagemap.PFNZERO)
+        zero = categories != 0
+        return merge(ranges[~zero], intersect(ranges[zero], self._space.private_files))
 
     def close(self) -> None:
         """See :class:`crtrace.track.armer.Armer`."""

@@ -63,8 +63,7 @@ NO_PROCESS = 1 << 31
 """From here on numbers are those of address spaces: no process has such a one."""
 
 
-_VMSTAT = 1 << 16
-"""More bytes than ``/proc/vmstat`` has."""
+_COUNTED = b"pglazyfreed", b"thp_underused_split_page", b"thp_split_pmd", b"thp_split_page"
 
 
 class Coverage(StrEnum):
@@ -110,12 +109,16 @@ assert VISITS.names == Visits._fields
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Equal while nothing changes an address space but what is marked; and, of the same moment, how
-    many plain visits had begun, and write faults of who runs in it."""
+    """Equal while nothing changes an address space but what is marked."""
 
     counts: tuple[int, ...]
     begun: int = field(compare=False)
+    """Plain visits until then."""
     faults: int = field(compare=False)
+    """Write faults of who runs in it, until then."""
+    splits: int = field(compare=False)
+    """Of huge pages, anybody's, until then: the zeros among what one is split into go, and what was
+    dirty can get soft-dirty bits."""
 
 
 class WrittenPages:
@@ -233,6 +236,10 @@ class WrittenPages:
         bpf.delete(self._maps["targets"], _u32(tgid))
         bpf.delete(self._maps["homes"], _u32(tgid))
 
+    def sharers(self) -> list[int]:
+        """Processes that have the address space of the one that made them."""
+        return [tgid for tgid, flags in self.targets().items() if flags & SHARES]
+
     def targets(self) -> dict[int, int]:
         """The flags of all processes that are marked now, followed children included."""
         found: dict[int, int] = {}
@@ -286,14 +293,15 @@ class WrittenPages:
     def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        visits, found = self.visits(space), [self._get("totals", _UNTOLD), taken_unasked()]
-        found += [visits.all, self._missed(), self._open(visits)]
+        visits, (taken, splits) = self.visits(space), taken_and_split()
+        found = [self._get("totals", _UNTOLD), taken, visits.all, self._missed()]
+        found.append(self._open(visits))
         faults = 0
         for tgid in sorted(tgids):
             counts = self.counts(tgid)
             found += [tgid, counts.lost]
             faults += counts.faults
-        return Evidence(tuple(found), visits.begun, faults)
+        return Evidence(tuple(found), visits.begun, faults, splits)
 
     def _open(self, visits: Visits) -> int:
         """What a plain visit has marked may still be to come: nothing equals that."""
@@ -336,9 +344,7 @@ class WrittenPages:
         """What stays the same while no page, of anybody's, sets out for other memory."""
         if self._counts_migrations is None:
             self._counts_migrations = self._count_migrations()
-        if not self._counts_migrations:
-            return object()
-        return self._get("totals", _MIGRATIONS), huge_pages_split()
+        return self._get("totals", _MIGRATIONS) if self._counts_migrations else object()
 
     def _count_migrations(self) -> bool:
         try:
@@ -409,23 +415,20 @@ def _by_process(keys: Array, values: Array) -> dict[int, U64]:
     }
 
 
-def taken_unasked() -> int:
-    """Pages that the kernel has taken without a lock, of any process, for it tells nobody whose:
-    given up with MADV_FREE, or of huge pages that were split since they hardly had contents."""
-    return _vmstat(b"pglazyfreed", b"thp_underused_split_page")
+def taken_and_split() -> tuple[int, int]:
+    """What the kernel does without a lock, of any process, for it tells nobody whose. Pages taken:
+    given up with MADV_FREE, or of huge pages that were split since they hardly had contents. And
+    huge pages split, or mapped as small ones: these can set out from there without a trace."""
+    free, underused, *splits = vmstat(*_COUNTED)
+    return free + underused, sum(splits)
 
 
-def huge_pages_split() -> int:
-    """Mappings of huge pages that were split. Small pages set out from there without a trace."""
-    return _vmstat(b"thp_split_pmd")
-
-
-def _vmstat(*names: bytes) -> int:
-    """The sum of some counters of the kernel; those that it has not got are 0."""
+def vmstat(*names: bytes) -> list[int]:
+    """Counters of the kernel as of now; those that it has not got are 0."""
     with open("/proc/vmstat", "rb", buffering=0) as file:
-        lines = b"\n" + os.read(file.fileno(), _VMSTAT)
+        lines = b"\n" + file.read()
     ends = (lines.partition(b"\n" + name + b" ")[2] for name in names)
-    return sum(int(end.partition(b"\n")[0] or 0) for end in ends)
+    return [int(end.partition(b"\n")[0] or 0) for end in ends]
 
 
 def decode(regions: U64, words: U64) -> U64:

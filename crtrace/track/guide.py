@@ -23,7 +23,7 @@ from functools import partial
 import numpy as np
 
 from crtrace.track.armer import Look, Told
-from crtrace.track.dirty import Evidence, WrittenPages
+from crtrace.track.dirty import Evidence, WrittenPages, taken_and_split
 from crtrace.units import (
     REGION_PAGES,
     U64,
@@ -44,8 +44,9 @@ class Basis:
 
     map_changes: int
     evidence: Evidence
-    moved: object = field(default=None, compare=False)
-    """Stays the same while no page moves to other memory: then soft-dirty bits are set at times."""
+    moved: object = field(compare=False)
+    """Stays the same while no huge page is split and, where soft-dirty bits are used, none moves:
+    that can set some."""
 
 
 class Guide:
@@ -83,11 +84,15 @@ class Guide:
             self._marks.live_in(self._space, tgid)
         self._tgids = set(tgids)
 
-    def evidence(self, tgids: Collection[int], changes: int) -> Basis:
+    def basis(self, tgids: Collection[int], changes: int) -> Basis:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
         found = self._marks.evidence(self._space, tgids)
         self._begun, self._faults = found.begun, found.faults
-        return Basis(changes, found, self._marks.migrations() if self._by_bits else None)
+        migrations = self._marks.migrations() if self._by_bits else 0
+        return Basis(changes, found, (migrations, found.splits))
+
+    def _moved(self) -> object:
+        return self._marks.migrations(), taken_and_split()[1]
 
     def map_evidence(self, tgids: Collection[int]) -> tuple[int, ...]:
         """Counts that stay the same while nobody changes what is mapped."""
@@ -104,13 +109,13 @@ class Guide:
         """What an armer can ask that needs to know more."""
         return Told(
             partial(self._marks.written_meanwhile, self._space, tgids),
-            self._marks.migrations,
+            self._moved,
             partial(self._marks.unlike_bits, self._space),
         )
 
-    def holds(self, evidence: Basis) -> bool:
+    def holds(self, basis: Basis) -> bool:
         """Whether nothing has happened but what is marked since everything was looked at."""
-        return evidence == self._since and not self._blind
+        return basis == self._since and not self._blind
 
     def paused(self, tgids: Collection[int]) -> None:
         """Marks go to the next generation since the last scan, that of a pause. What was marked in
@@ -126,22 +131,22 @@ class Guide:
         return self._marks.written_by_others(self._space) - self._written_by_others
 
     def bounds(self, tgids: Collection[int], *, turned: bool) -> U64:
-        """Page ranges outside which nothing was written or discarded since the last scan.
+        """Page ranges outside which nothing was written or discarded since everything was looked
+        at, or the last scan.
 
         ``turned``: that was before the last switch of generations, and this one follows it.
         """
         regions = self._marks.regions([*tgids, self.number], before=turned)
         return merge(regions, self._in_flight)
 
-    def everything_seen(self, evidence: Basis) -> None:
-        """All was looked at, after the counts were as in ``evidence``."""
-        self._since = evidence
+    def everything_seen(self, basis: Basis) -> None:
+        """A scan has looked at all, after the counts were as in ``basis``."""
+        self._since = basis
 
-    def looked_ahead(self, evidence: Basis) -> None:
-        """The same, but while it runs: faults from before the last switch may still be to come, if
-        no scan has told."""
+    def looked_ahead(self, basis: Basis) -> None:
+        """All was looked at by no scan: what is in doubt remains so."""
         if self._since is not None:
-            self._since = evidence
+            self._since = basis
 
     def doubt(self) -> None:
         """Look at everything next time."""
@@ -168,14 +173,15 @@ class Guide:
     def unexplained(self, look: Look, tgids: Collection[int], gone: U64) -> int:
         """Pages that have changed since the pause without a mark; ``look`` was taken after it, and
         ``gone`` had no contents in it."""
-        marked, numbers = self._marks.marked_now(), [*tgids, self.number]
+        numbers = [*tgids, self.number, *self._marks.sharers()]  # children that nobody has met yet
+        marked = self._marks.marked_now()
         ours = merge(*(to_ranges(marked[each]) for each in numbers if each in marked))
-        # A fault can bring more than its own page where there was none; put small pages of zeros in
-        # the place of a huge one; and set the soft-dirty bits of all of a huge page.
-        regions = self._marks.regions(numbers)
-        ours = merge(ours, intersect(regions, merge(gone, _whole_regions(look.written))))
+        # A fault can bring more than its own page where there was none, and set the soft-dirty bits
+        # of all of a huge page.
+        more = merge(gone, _whole_regions(look.written)) if self._by_bits else gone
+        ours = merge(ours, intersect(self._marks.regions(numbers), more))
         written = subtract(look.written, ours)
-        return count_pages(written) + count_pages(subtract(look.absent, merge(gone, regions)))
+        return count_pages(written) + count_pages(subtract(look.absent, gone))
 
     def judge(self, unexplained: int, before: Basis, after: Basis) -> bool:
         """Whether so many pages are late: they have changed although no count has. ``before`` and
@@ -183,7 +189,9 @@ class Guide:
         moved = self._since is not None and self._since.moved != after.moved
         late = unexplained > 0 and self.holds(after) and not moved
         self._blind |= late
-        self._since = None if unexplained else before
+        if unexplained:
+            self.doubt()
+        self.looked_ahead(before)
         return late
 
 

@@ -28,7 +28,7 @@ from crtrace.faults import point
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.libc import kernel_version
-from crtrace.linux.pagemap import SOFT_DIRTY, SWAPPED, Scanner
+from crtrace.linux.pagemap import PFNZERO, SOFT_DIRTY, SWAPPED, Scanner
 from crtrace.linux.procfs import Process, Vma
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import How, Look, Scan, Told
@@ -56,6 +56,7 @@ A_READ = 32
 """Pages that a scan of everything passes while one is read once more. It only decides which of two
 exact ways is taken."""
 _CLEAR = b"4"
+_TOLD_APART = SOFT_DIRTY | SWAPPED | PFNZERO
 
 
 @cache
@@ -166,7 +167,8 @@ class SoftDirtyArmer:
 
     def _scan_within(self, space: AddressSpace, how: How) -> Scan | None:
         """A bounded scan; None where that is not exact, or not worth it."""
-        if not self._seen or (windows := self._windows(space, how)) is None:
+        windows = self._windows(space, how)
+        if not self._seen or windows is None:
             return None
         there = self._bits(windows)
         if not self._canaries_live(there.dirty) or how.told.unlike_bits() != self._unlike_bits:
@@ -196,7 +198,8 @@ class SoftDirtyArmer:
 
     def _scan_all(self, space: AddressSpace, how: How) -> Scan:
         """Read all bits and take them off."""
-        self._seen, self._left, self._read_again = None, no_pages(), 0
+        left, self._left = self._left, no_pages()
+        self._seen, self._read_again = None, 0
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
         migrated, before = how.told.migrated(), how.told.others()
         replaced, joined = self._unlike(how.told)
@@ -216,7 +219,7 @@ class SoftDirtyArmer:
         self._plant(space, subtract(bits.own, merge(space.hugetlb, bits.zeros)))
         # Who sets out meanwhile may arrive writable, and without a bit.
         self._doubtful = how.told.migrated() != migrated
-        return Scan(written, subtract(EVERYTHING, bits.own), unarmed)
+        return Scan(written, subtract(EVERYTHING, bits.own), unarmed, left)
 
     def _unlike(self, told: Told) -> tuple[bool, bool]:
         """Whether, since the last scan, pages may have been replaced; and mappings joined that were
@@ -226,16 +229,17 @@ class SoftDirtyArmer:
         return replaced, grown and remade
 
     def _bits(self, windows: U64 | None = None) -> Bits:
-        ranges, categories = self._scanner.scan(pagemap.OWN, windows, report=SOFT_DIRTY | SWAPPED)
-        zeros, _ = self._scanner.scan(pagemap.ZEROS, self._space.private_files)
-        dirty = categories & np.uint64(SOFT_DIRTY) != 0
-        away = categories & np.uint64(SWAPPED) != 0
+        ranges, categories = self._scanner.scan(pagemap.OWN_OR_ZEROS, windows, report=_TOLD_APART)
+        zero, dirty, away = (
+            categories & np.uint64(bit) != 0 for bit in (PFNZERO, SOFT_DIRTY, SWAPPED)
+        )
         private = self._space.private
+        zeros = intersect(merge(ranges[zero]), self._space.private_files)
         return Bits(
-            intersect(merge(ranges, zeros), private),
-            intersect(merge(ranges[dirty]), private),
+            intersect(merge(ranges[~zero], zeros), private),
+            intersect(merge(ranges[dirty & ~zero]), private),
             intersect(merge(ranges[away]), private),
-            intersect(merge(zeros), private),
+            zeros,
         )
 
     def _clear(self) -> None:

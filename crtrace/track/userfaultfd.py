@@ -345,7 +345,7 @@ class UserfaultfdArmer:
         only where files are mapped it is asked.
         """
         own, categories = self._scanner.scan(
-            pagemap.OWN_OF_FILE, joined(space.private_files, SMALL_GAP), report=pagemap.PFNZERO
+            pagemap.OWN_OR_ZEROS, joined(space.private_files, SMALL_GAP), report=pagemap.PFNZERO
         )
         zeros = own[categories != 0]
         if len(zeros):

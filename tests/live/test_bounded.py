@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import crtrace.capture.target
 from crtrace.linux.pagemap import SWAPPED, Filter
 from crtrace.linux.procfs import Process
 from crtrace.track import loader, softdirty, userfaultfd, windows
@@ -36,6 +37,8 @@ BOUNDABLE = ("--ring", 0, "--uffd", 0)
 WITHOUT_THESE = [
     way for way in WAYS.values() if way not in (RACING, "own_uffd") and not way.startswith("uring")
 ]
+NOBODY = Pid(1 << 22)
+"""No process has such a number."""
 bounded: list[int] = []
 """For each epoch with a way around its pause, whether its scan was."""
 COMPACT = Path("/proc/sys/vm/compact_memory")
@@ -93,6 +96,27 @@ def test_a_quiet_target_is_scanned_within_bounds(spawn: Spawn, tmp_path: Path) -
     assert [stats["pages_late"] for stats in judge.stats] == [0] * 5
 
 
+@pytest.mark.usefixtures("armer")
+def test_nothing_is_bounded_where_reading_brings_memory_that_can_be_written(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(crtrace.capture.target, "filled_by_reads", lambda: True)
+    with judged(spawn("layout").pid, tmp_path / "chain") as judge:
+        for _ in range(2):
+            judge.take()
+    assert [stats["scans_bounded"] for stats in judge.stats] == [0, 0]
+
+
+@pytest.mark.usefixtures("armer")
+def test_nothing_is_bounded_while_somebody_is_left_out(spawn: Spawn, tmp_path: Path) -> None:
+    """Who may run in the same memory."""
+    with judged(spawn("layout").pid, tmp_path / "chain") as judge:
+        tree = judge.session._tree
+        take_with(judge, lambda: tree.refused.update({NOBODY: "for a test"}), "_pause")
+        judge.take()
+    assert [stats["scans_bounded"] for stats in judge.stats] == [0, 1]
+
+
 @pytest.mark.parametrize("way", WITHOUT_THESE)
 def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
     lacking = ""
@@ -101,7 +125,8 @@ def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
         nonlocal lacking
         lacking = it.do(way)
 
-    with stage.lend() as it:
+    # While KSM runs it is in that memory nearly all the time, and little would be bounded.
+    with ksm("1" if "ksm" in way else "0"), stage.lend() as it:
         for moment in MOMENTS:
             with meanwhile(it, moment, act):
                 it.take_meanwhile()
@@ -129,9 +154,10 @@ def test_what_nobody_could_notice_is_told_afterwards(
         def as_if_no_count_had_changed(
             marks: WrittenPages, space: int, tgids: list[int]
         ) -> Evidence:
-            return replace(evidence(marks, space, tgids), counts=())
+            return replace(evidence(marks, space, tgids), counts=(), splits=0)
 
         monkeypatch.setattr(WrittenPages, "evidence", as_if_no_count_had_changed)
+        monkeypatch.setattr(WrittenPages, "migrations", lambda marks: 0)
         pause = judge.session._pause
         judge.session.checkpoint("the counts are the same from here")
 

@@ -14,10 +14,20 @@ import pytest
 from crtrace.linux import bpf
 from crtrace.linux.procfs import Process
 from crtrace.track import loader
-from crtrace.track.dirty import NO_PROCESS, VISITS, Coverage, WrittenPages
+from crtrace.track.armer import Look
+from crtrace.track.dirty import (
+    BITS,
+    NO_PROCESS,
+    SHARES,
+    TARGET,
+    VISITS,
+    Coverage,
+    WrittenPages,
+    vmstat,
+)
 from crtrace.track.guide import Guide
-from crtrace.track.loader import Loading, Programs
-from crtrace.units import PAGE_SIZE, Pid
+from crtrace.track.loader import KEY, Loading, Programs
+from crtrace.units import PAGE_SIZE, Pid, no_pages
 from tests.live.conftest import Spawn
 from tests.live.exactness import judged, take_with
 from tests.live.harness import Target, compile_target
@@ -163,20 +173,70 @@ def test_a_plain_visit_that_is_under_way_equals_nothing() -> None:
         marks = WrittenPages(programs)
         visits(marks, 99, all=5, begun=3)
         guide = Guide(marks, 99, NO_PROCESS)
-        evidence = guide.evidence([], 0)
-        guide.everything_seen(evidence)
-        assert guide.holds(guide.evidence([], 0))
+        basis = guide.basis([], 0)
+        guide.everything_seen(basis)
+        assert guide.holds(guide.basis([], 0))
         visits(marks, 99, all=5, begun=4, plain=1)
-        assert not guide.holds(guide.evidence([], 0))
-        guide.everything_seen(guide.evidence([], 0))
-        assert not guide.holds(guide.evidence([], 0))
+        assert not guide.holds(guide.basis([], 0))
+        guide.everything_seen(guide.basis([], 0))
+        assert not guide.holds(guide.basis([], 0))
         visits(marks, 99, all=5, begun=4)
-        guide.everything_seen(guide.evidence([], 0))
+        guide.everything_seen(guide.basis([], 0))
         guide.paused([])
-        assert guide.holds(guide.evidence([], 0))
+        assert guide.holds(guide.basis([], 0))
         visits(marks, 99, all=5, begun=5)  # between the scan of a pause and what follows
         guide.paused([])
-        assert not guide.holds(guide.evidence([], 0))
+        assert not guide.holds(guide.basis([], 0))
+
+
+def counted(marks: WrittenPages, tgid: int, **values: int) -> None:
+    """Let BPF have counted so of a process."""
+    value = np.zeros(1, dtype=TARGET)
+    for name, number in values.items():
+        value[name] = number
+    bpf.update(marks._maps["targets"], np.array([tgid], dtype=np.uint32), value)
+
+
+def test_a_fault_between_the_scan_of_a_pause_and_what_follows_is_looked_for() -> None:
+    with Loading(covering=False).result() as programs:
+        marks = WrittenPages(programs)
+        guide = Guide(marks, 99, NO_PROCESS)
+        counted(marks, 7, faults=1)
+        basis = guide.basis([7], 0)
+        guide.everything_seen(basis)
+        guide.paused([7])
+        assert guide.holds(basis)
+        counted(marks, 7, faults=2)
+        guide.paused([7])
+        assert not guide.holds(basis)
+        # To look at everything while it goes on does not help.
+        guide.looked_ahead(basis)
+        assert not guide.judge(0, basis, basis)
+        assert not guide.holds(basis)
+
+
+@pytest.mark.parametrize(("flags", "unexplained"), [(SHARES, 0), (0, 1)])
+def test_what_a_child_in_the_same_memory_writes_is_not_late(flags: int, unexplained: int) -> None:
+    """That nobody has met yet."""
+    with Loading(covering=False).result() as programs:
+        marks = WrittenPages(programs)
+        counted(marks, 7, flags=flags)
+        key, word = np.zeros(1, dtype=KEY), np.zeros(1, dtype=BITS)
+        key["tgid"], key["region"], word["word"][0, 0] = 7, 5, 1
+        bpf.update(marks._maps["written0"], key, word)
+        look = Look(np.array([[5 * 512, 5 * 512 + 1]], dtype=np.uint64), no_pages())
+        assert Guide(marks, 99, NO_PROCESS).unexplained(look, [1], no_pages()) == unexplained
+
+
+def test_counters_of_the_kernel_are_read_to_the_last() -> None:
+    lines = [line.split() for line in Path("/proc/vmstat").read_bytes().splitlines()]
+    expected = {name: int(value) > 0 for name, value in lines}
+    found = [value > 0 for value in vmstat(*expected)]
+    assert any(found[-8:])
+    assert found[-8:] == list(expected.values())[-8:]
+    # Some come and go.
+    assert sum(a != b for a, b in zip(expected.values(), found, strict=True)) < len(lines) / 20
+    assert vmstat(b"no such counter") == [0]
 
 
 def test_a_plain_visit_that_is_under_way_may_write_at_any_time(covering: Programs) -> None:

@@ -27,7 +27,7 @@ from crtrace.errors import (
     UsageError,
 )
 from crtrace.faults import point
-from crtrace.units import PAGE_SHIFT, U64, Addr, Pid, no_pages
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Addr, Pid, no_pages
 
 READ, WRITE, EXEC, SHARED = 1, 2, 4, 8
 
@@ -169,6 +169,7 @@ EXEC_TIME = 0.2
 EXEC_BLINK = 0.02
 """Seconds that it may look as if it had ended, while the one that calls becomes the first."""
 PF_EXITING, PF_IO_WORKER, PF_KTHREAD = 0x4, 0x10, 0x00200000
+_AT_PAGESZ = 6
 
 
 def parse_status(raw: str) -> dict[str, str]:
@@ -455,17 +456,21 @@ def refuse_unsuitable(process: Process) -> None:
             f"({comm_of(Pid(tracer))})",
             hint="end that debugger or tracer first",
         )
-    if _is_32_bit(process):
+    if is_32_bit(process):
         raise UsageError(f"process {pid} ({stat.comm}) is a 32-bit program: not supported")
 
 
-def _is_32_bit(process: Process) -> bool:
-    """By the auxiliary vector, which has nothing for a moment in the middle of an ``execve``."""
+def is_32_bit(process: Process) -> bool:
+    """By the auxiliary vector, which is empty or half full for a moment in an ``execve``. Each entry
+    is a small number and a value, of a word each."""
     deadline = time.monotonic() + 1.0
-    while not any(auxv := process.read("auxv")):
+    while True:
+        auxv = process.read("auxv")
+        pairs = list(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16]))
+        if pairs and pairs[0][0] >> 32:
+            return True
+        if (_AT_PAGESZ, PAGE_SIZE) in pairs:
+            return False
         if time.monotonic() > deadline:
             raise TargetBusy(f"process {process.pid} is at the edge of an execve", hint="try again")
         time.sleep(0.001)
-    pairs = dict(struct.iter_unpack("<QQ", auxv[: len(auxv) // 16 * 16]))
-    at_pagesz, at_phent = 6, 4
-    return not (pairs.get(at_pagesz) == 4096 and pairs.get(at_phent) in (56, None))

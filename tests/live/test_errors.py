@@ -17,6 +17,8 @@ from xxhash import xxh3_64_intdigest
 
 from crtrace.image.framing import RecordType
 from crtrace.image.reader import Chain
+from crtrace.linux.procfs import Process, is_32_bit
+from crtrace.units import Pid
 from tests.image.tamper import take_apart
 from tests.live.exactness import reader
 from tests.live.harness import (
@@ -195,6 +197,26 @@ def test_a_32_bit_program_is_refused(tmp_path: Path, chain: Path) -> None:
         process.kill()
         process.wait()
     result.expect(2, f"process {process.pid} (pause) is a 32-bit program")
+
+
+def test_what_is_half_way_through_an_execve_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel makes the auxiliary vector entry by entry; the page size is about the fourth."""
+    whole, reads = Path("/proc/self/auxv").read_bytes(), []
+    narrow = struct.pack("<8I", 32, 0xF7F0_0000, 16, 5, 6, 4096, 17, 100)
+
+    def read(process: Process, name: str) -> bytes:
+        reads.append(name)
+        return vectors[min(len(reads), len(vectors)) - 1]
+
+    monkeypatch.setattr(Process, "read", read)
+    with Process(Pid(os.getppid())) as process:
+        vectors = [bytes(len(whole)), whole[:16].ljust(len(whole), b"\0"), whole]
+        assert not is_32_bit(process)
+        assert reads == ["auxv"] * 3
+        vectors = [bytes(32), narrow[:4].ljust(32, b"\0"), narrow]
+        reads.clear()
+        assert is_32_bit(process)
+        assert reads == ["auxv"] * 3
 
 
 # --- privileges and the kernel ---

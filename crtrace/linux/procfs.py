@@ -283,9 +283,11 @@ class Process:
         """The error to raise when ``/proc/PID/name`` could not be read."""
         if self.dirfd < 0:
             return self._exited()
-        # There is always a list of threads, but for a moment of an execve.
-        missing = error.errno == errno.ENOENT and (name == "task" or not self.alive())
-        if error.errno == errno.ESRCH or missing:
+        # There always are a list of threads and mounts, but for a moment of an execve.
+        always = name in ("task", "mountinfo")
+        missing = error.errno == errno.ENOENT and (always or not self.alive())
+        unmounted = error.errno == errno.EINVAL and name == "mountinfo"
+        if error.errno == errno.ESRCH or missing or unmounted:
             return self.gone()
         if error.errno in (errno.EACCES, errno.EPERM):
             return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")
@@ -461,7 +463,7 @@ def refuse_unsuitable(process: Process) -> None:
 
 
 def is_32_bit(process: Process) -> bool:
-    """By the auxiliary vector, which is empty or half full for a moment in an ``execve``. Each entry
+    """By the auxiliary vector, which is empty or half full for a moment in an ``execve``. An entry
     is a small number and a value, of a word each."""
     deadline = time.monotonic() + 1.0
     while True:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from xxhash import xxh3_64_intdigest
 
+from crtrace.errors import TargetBusy
 from crtrace.image.framing import RecordType
 from crtrace.image.reader import Chain
 from crtrace.linux.procfs import Process, is_32_bit
@@ -217,6 +219,12 @@ def test_what_is_half_way_through_an_execve_is_waited_for(monkeypatch: pytest.Mo
         reads.clear()
         assert is_32_bit(process)
         assert reads == ["auxv"] * 3
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT])
+def test_who_has_no_mounts_for_a_moment_calls_execve(number: int) -> None:
+    with Process(Pid(os.getppid())) as process:
+        assert isinstance(process.explain(OSError(number, "none"), "mountinfo"), TargetBusy)
 
 
 # --- privileges and the kernel ---

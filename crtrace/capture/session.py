@@ -318,7 +318,7 @@ class Session:
         """What a scan finds, kept at once, and pages to read besides."""
         tgids = self._tree.tgids(target)
         scan = target.scan(tgids, stopped=stopped, ahead=ahead, turned=turned, beside=self._beside)
-        again = part.found(scan.written, scan.unarmed)
+        again = part.found(scan)
         if not target.visited():
             part.trust()
         return scan, again
@@ -455,8 +455,7 @@ class Session:
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
         scan, again = self._found(target, part, stopped=True)
-        part.bounded, part.left = scan.bounded, scan.left
-        part.gone = scan.gone
+        part.bounded, part.gone = scan.bounded, scan.gone
         again = merge(scan.written, again, target.pinned(lambda: part.scanned))
         residual = subtract(again, part.gone)
         if part.whole and not part.rounds:

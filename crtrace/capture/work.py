@@ -11,6 +11,7 @@ import numpy as np
 from crtrace.capture.copy import Copied, Failures
 from crtrace.capture.objects import Still
 from crtrace.linux.procfs import FileKey
+from crtrace.track.armer import Scan
 from crtrace.track.dirty import Counts
 from crtrace.units import U64, contains, count_pages, merge, no_pages, subtract, to_ranges
 
@@ -60,18 +61,20 @@ class Part:
         self._copied = [merge(*self._copied)]
         return self._copied[0]
 
-    def found(self, written: U64, unarmed: U64) -> U64:
-        """A scan reported these pages written, and has armed them again but for ``unarmed``.
+    def found(self, scan: Scan) -> U64:
+        """Keep what a scan reported.
 
-        They are suspect until :meth:`trust`. Returns pages to read besides: carried over, not
-        readable before, or suspect.
+        What it found written is suspect until :meth:`trust`. Returns pages to read besides: carried
+        over, not readable before, or suspect.
         """
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
         carried = no_pages() if self.rounds else self.carried
         again = merge(carried, to_ranges(failed), self.suspect)
-        self._scanned.append(written)
-        self.suspect = subtract(written, unarmed)
-        self.unarmed = unarmed
+        self._scanned.append(scan.written)
+        self.suspect = subtract(scan.written, scan.unarmed)
+        self.unarmed = scan.unarmed
+        if len(scan.left):
+            self.left = merge(self.left, scan.left)
         return again
 
     def trust(self) -> None:

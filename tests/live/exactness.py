@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -83,14 +83,21 @@ def _contents(epoch: Epoch, vma: Vma, run: Run) -> bytes:
         return file.read(size).ljust(size, b"\0")
 
 
-def take_with(judge: Judged, action: Any, before: str) -> None:
-    """An exact epoch, in which ``action`` runs before a step of the session."""
-    step = getattr(judge.session, before)
+@contextmanager
+def acting(session: Session, before: str, action: Callable[[], object]) -> Iterator[None]:
+    """In each epoch taken inside the block, ``action`` runs before a step of the session."""
+    step = getattr(session, before)
 
     def with_action(*args: Any) -> Any:
         action()
         return step(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(judge.session, before, with_action)
+        patch.setattr(session, before, with_action)
+        yield
+
+
+def take_with(judge: Judged, action: Callable[[], object], before: str) -> None:
+    """An exact epoch, in which ``action`` runs before a step of the session."""
+    with acting(judge.session, before, action):
         judge.take()

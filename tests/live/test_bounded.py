@@ -25,13 +25,13 @@ from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, kernel_types
 from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn, armed_by, asked_of, skip_unless_visits_are_told
-from tests.live.exactness import Judged, judged, take_with
+from tests.live.exactness import Judged, acting, judged, take_with
 from tests.live.harness import Target, flip_byte, maps
-from tests.live.test_ways import RACING, WAYS, Scene, Stage, ksm, machine
+from tests.live.test_ways import RACING, WAYS, Stage, ksm, machine
 
 __all__ = ["machine"]
-MOMENTS = {"after the last scan before the pause": "_pause", "after the pause": "_look_back"}
-"""And the step of a session that comes next."""
+MOMENTS = ("_pause", "_look_back")
+"""Steps of a session: what comes before is after the last scan before the pause, or after that."""
 BOUNDABLE = ("--ring", 0, "--uffd", 0)
 """Options of the target, which has neither then: with one, nothing would be bounded."""
 WITHOUT_THESE = [
@@ -68,21 +68,6 @@ def stage(machine: None, armer: str, tmp_path_factory: pytest.TempPathFactory) -
     yield stage
     stage.close()
     assert len(bounded) < 20 or any(bounded), "nothing was tried"
-
-
-@contextmanager
-def meanwhile(scene: Scene, moment: str, action: Callable[[], object]) -> Iterator[None]:
-    """In each epoch taken inside the block, ``action`` runs at a moment."""
-    session, name = scene.run.session, MOMENTS[moment]
-    step = getattr(session, name)
-
-    def with_action(*args: Any) -> Any:
-        action()
-        return step(*args)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, name, with_action)
-        yield
 
 
 @pytest.mark.usefixtures("armer")
@@ -128,8 +113,8 @@ def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
 
     # While KSM runs it is in that memory nearly all the time, and little would be bounded.
     with ksm("1" if "ksm" in way else "0"), stage.lend() as it:
-        for moment in MOMENTS:
-            with meanwhile(it, moment, act):
+        for step in MOMENTS:
+            with acting(it.run.session, step, act):
                 it.take_meanwhile()
             assert it.run.stats[-1]["pages_late"] == 0
             bounded.append(it.run.stats[-1]["scans_bounded"])
@@ -260,7 +245,7 @@ def test_huge_pages_that_are_split_are_not_late(spawn: Spawn, tmp_path: Path, sp
     target.obey("write 2")
     with judged(target.pid, tmp_path / "chain") as judge:
         judge.take()
-        for step in MOMENTS.values():
+        for step in MOMENTS:
             take_with(judge, partial(split.write_text, "1"), step)
             judge.take()
     assert any(stats["scans_bounded"] for stats in judge.stats)

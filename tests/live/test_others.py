@@ -160,53 +160,49 @@ def test_without_covering_every_visit_is_evidence(spawn: Spawn) -> None:
         assert marks.evidence(space, []) != before
 
 
-def visits(marks: WrittenPages, space: int, **values: int) -> None:
-    """Let BPF have counted so."""
-    value = np.zeros(1, dtype=VISITS)
+ELEMENTS = {"visits": (np.uint64, VISITS), "targets": (np.uint32, TARGET)}
+
+
+def counted(marks: WrittenPages, table: str, key: int, **values: int) -> None:
+    """Let BPF have counted so, of an address space or of a process."""
+    key_type, value_type = ELEMENTS[table]
+    value = np.zeros(1, dtype=value_type)
     for name, number in values.items():
         value[name] = number
-    bpf.update(marks._maps["visits"], np.array([space], dtype=np.uint64), value)
+    bpf.update(marks._maps[table], np.array([key], dtype=key_type), value)
 
 
 def test_a_plain_visit_that_is_under_way_equals_nothing() -> None:
     with Loading(covering=False).result() as programs:
         marks = WrittenPages(programs)
-        visits(marks, 99, all=5, begun=3)
+        counted(marks, "visits", 99, all=5, begun=3)
         guide = Guide(marks, 99, NO_PROCESS)
         basis = guide.basis([], 0)
         guide.everything_seen(basis)
         assert guide.holds(guide.basis([], 0))
-        visits(marks, 99, all=5, begun=4, plain=1)
+        counted(marks, "visits", 99, all=5, begun=4, plain=1)
         assert not guide.holds(guide.basis([], 0))
         guide.everything_seen(guide.basis([], 0))
         assert not guide.holds(guide.basis([], 0))
-        visits(marks, 99, all=5, begun=4)
+        counted(marks, "visits", 99, all=5, begun=4)
         guide.everything_seen(guide.basis([], 0))
         guide.paused([])
         assert guide.holds(guide.basis([], 0))
-        visits(marks, 99, all=5, begun=5)  # between the scan of a pause and what follows
+        counted(marks, "visits", 99, all=5, begun=5)  # between the scan of a pause and what follows
         guide.paused([])
         assert not guide.holds(guide.basis([], 0))
-
-
-def counted(marks: WrittenPages, tgid: int, **values: int) -> None:
-    """Let BPF have counted so of a process."""
-    value = np.zeros(1, dtype=TARGET)
-    for name, number in values.items():
-        value[name] = number
-    bpf.update(marks._maps["targets"], np.array([tgid], dtype=np.uint32), value)
 
 
 def test_a_fault_between_the_scan_of_a_pause_and_what_follows_is_looked_for() -> None:
     with Loading(covering=False).result() as programs:
         marks = WrittenPages(programs)
         guide = Guide(marks, 99, NO_PROCESS)
-        counted(marks, 7, faults=1)
+        counted(marks, "targets", 7, faults=1)
         basis = guide.basis([7], 0)
         guide.everything_seen(basis)
         guide.paused([7])
         assert guide.holds(basis)
-        counted(marks, 7, faults=2)
+        counted(marks, "targets", 7, faults=2)
         guide.paused([7])
         assert not guide.holds(basis)
         # To look at everything while it goes on does not help.
@@ -220,7 +216,7 @@ def test_what_a_child_in_the_same_memory_writes_is_not_late(flags: int, unexplai
     """That nobody has met yet."""
     with Loading(covering=False).result() as programs:
         marks = WrittenPages(programs)
-        counted(marks, 7, flags=flags)
+        counted(marks, "targets", 7, flags=flags)
         key, word = np.zeros(1, dtype=KEY), np.zeros(1, dtype=BITS)
         key["tgid"], key["region"], word["word"][0, 0] = 7, 5, 1
         bpf.update(marks._maps["written0"], key, word)
@@ -245,9 +241,9 @@ def test_a_plain_visit_that_is_under_way_may_write_at_any_time(covering: Program
         pytest.skip(
             "cannot run here: the kernel does not count the runs of probes that were missed"
         )
-    visits(marks, 99, begun=3)
+    counted(marks, "visits", 99, begun=3)
     assert marks.written_meanwhile(99, []) == marks.written_meanwhile(99, [])
-    visits(marks, 99, begun=3, plain=1)
+    counted(marks, "visits", 99, begun=3, plain=1)
     assert marks.written_meanwhile(99, []) != marks.written_meanwhile(99, [])
     marks.leave_space(99)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from crtrace.linux.inject import rewound, signal_frame, signal_xstate
 from crtrace.linux.procfs import EXEC, READ, SHARED, WRITE, parse_maps, parse_stat
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.linux.waits import cut_short, started_again
+from crtrace.track.armer import Scan
 from crtrace.track.dirty import decode
 from crtrace.track.windows import middle
 from crtrace.units import CHUNK_PAGES, U64, expand, merge, to_ranges
@@ -139,10 +141,25 @@ def test_pre_copy_goes_on_while_it_gains_and_stops_when_it_does_not() -> None:
     assert not stuck.converged
 
 
+def scan_of(written: set[int], *, unarmed: Iterable[int] = (), left: Iterable[int] = ()) -> Scan:
+    """What a scan found, as sets of pages."""
+    return Scan(ranges_of(written), ranges_of(set()), ranges_of(set(unarmed)), ranges_of(set(left)))
+
+
+def test_what_an_earlier_epoch_found_is_no_find_of_this_one() -> None:
+    """By any of its scans: the one that takes the bits off may be that of pre-copy."""
+    part = Part(ranges_of(set()))
+    part.found(scan_of({1, 2, 3}, left={1, 2}))
+    part.found(scan_of({4}))
+    work = Work(parts={0: part})
+    part.marked = np.array([4], dtype=np.uint64)
+    assert work.statistics()["bpf_missed"] == 1
+
+
 def test_what_was_scanned_is_kept_with_what_was_carried() -> None:
     carried = ranges_of({1, 2})
     part = Part(carried)
-    again = part.found(ranges_of({2, 3, 9}), ranges_of(set()))
+    again = part.found(scan_of({2, 3, 9}))
     assert expand(part.scanned).tolist() == [1, 2, 3, 9]
     assert again.tolist() == merge(carried).tolist()
 
@@ -151,7 +168,7 @@ def test_what_a_scan_found_while_others_were_in_that_memory_is_read_again() -> N
     part = Part(ranges_of(set()))
     found = []
     for page in (1, 2, 3, 4):
-        found.append(part.found(ranges_of({page, 9}), ranges_of({9})))
+        found.append(part.found(scan_of({page, 9}, unarmed={9})))
         if page >= 3:
             part.trust()
     # What is not armed is never read while the target runs: it may be filled on demand.

@@ -39,28 +39,46 @@ def _log_to_stderr() -> None:
     logging.getLogger("crtrace").setLevel(logging.DEBUG)
 
 
+def _run() -> int:
+    """Run a command; the exit code, as DESIGN.md's table says."""
+    code = 0
+    try:
+        # Not cli.main(): it would take a closed pipe for a failure.
+        with cli.make_context("crtrace", sys.argv[1:]) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as end:
+        code = end.exit_code
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except (click.Abort, KeyboardInterrupt):
+        code = 130
+    except BrokenPipeError:
+        pass  # whoever read us has seen enough
+    except Failure as failure:
+        code = failure.code
+    except Exception as error:
+        code = explain(error)
+    return code
+
+
+def _close_stdout() -> None:
+    """Python writes what is left in a buffer at its end, and would exit with a code of its own."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except OSError:  # said when it was written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
-    """Run a command and exit as DESIGN.md's table of exit codes says."""
+    """Run a command and exit."""
     if os.environ.get("CRTRACE_DEBUG"):
         _log_to_stderr()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             # A name that the terminal's encoding lacks is no reason to fail.
             stream.reconfigure(errors="backslashreplace")
-    try:
-        # Not cli.main(): it would take a closed pipe for a failure.
-        with cli.make_context("crtrace", sys.argv[1:]) as context:
-            cli.invoke(context)
-    except click.exceptions.Exit as end:
-        sys.exit(end.exit_code)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        sys.exit(130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # whoever read us has seen enough
-    except Failure as failure:
-        sys.exit(failure.code)
-    except Exception as error:
-        sys.exit(explain(error))
+    code = _run()
+    _close_stdout()
+    sys.exit(code)

@@ -273,11 +273,15 @@ def test_a_reader_that_has_seen_enough_ends_reading_commands_in_peace(
     assert (code, errors) == (0, "")
 
 
-def test_a_stdout_that_takes_nothing_is_an_error(written: tuple[Path, list[Event]]) -> None:
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_stdout_that_takes_nothing_is_an_error(
+    written: tuple[Path, list[Event]], unbuffered: str
+) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [*CRTRACE, "list", written[0]],
             stdout=full, stderr=subprocess.PIPE, text=True, timeout=20, check=False,
+            env={**os.environ, "PYTHONUNBUFFERED": unbuffered},
         )  # fmt: skip
     assert done.returncode == 1, done.stderr
     assert "No space left on device" in done.stderr

@@ -401,7 +401,7 @@ class Session:
     def _pause(self, work: Work, image: ImageWriter, objects: list[MappedObject]) -> list[Snapshot]:
         """Stop, scan, copy the residual, take the registers, go."""
         with self._all_stopped(work) as stopped:
-            work.stopping_at, work.stopped_at = stopped.stopping_at, time.monotonic()
+            work.stopping_at, work.stopped_at = stopped.stopping_at, stopped.stopped_at
             snapshots = self._capture(work, stopped, objects)
             work.captured_at = time.monotonic()
             if self._witness:

@@ -281,9 +281,13 @@ class Tree:
 
     def settle(self) -> None:
         """Give every member the address space that it runs in now."""
-        while moved := [member for member in self.members if not member.settled]:
+        while moved := self.moved():
             for member in moved:
                 self._resettle(member)
+
+    def moved(self) -> list[Member]:
+        """Members that do not run in the address space of their ``target`` any more."""
+        return [member for member in self.members if not member.settled]
 
     def _resettle(self, member: Member) -> None:
         """A member runs a new program, or the one that it shared its address space with is gone."""
@@ -317,17 +321,20 @@ class StoppedTree:
         self._held: dict[Member, StoppedProcess] = {}
         self._strangers: dict[Pid, StoppedProcess] = {}
         self._deadline = 0.0
-        self.stopping_at = self.resumed_at = 0.0
+        self.stopping_at = self.stopped_at = self.resumed_at = 0.0
         self._reaper = ExitStack()
         for member in tree.members:
             with suppress(TargetGone):
                 self._held[member] = StoppedProcess(member.process)
         self._every = list(self._held.values())
+        self._stopping = list(self._every)
+        """Whose threads are to be reaped. No longer once all have stopped: to end the one that does
+        it would cost the pause a change of threads."""
 
     def get_ready(self) -> None:
         """What can be done while they run. Raises ``TargetBusy``."""
         look_before(self._every, time.monotonic() + PATIENCE)
-        self._reaper.enter_context(reaping(self._every))
+        self._reaper.enter_context(reaping(self._stopping))
 
     def stop(self) -> None:
         """Stop them. Raises what :class:`StoppedProcess` does; then all that was stopped is let go.
@@ -337,27 +344,29 @@ class StoppedTree:
         """
         self.stopping_at = time.monotonic()
         self._deadline = self.stopping_at + PATIENCE
-        with self._reaper:
-            for sharing in (False, True):
-                group = [held for member, held in self._held.items() if member.sharing == sharing]
-                stop_all(group, self._deadline)
-            for pid, tgid in self._tree.strangers():
-                if member := self._tree.take_in(pid, tgid, self._stop_stranger):
-                    self._held[member] = self._strangers.pop(pid)
+        for sharing in (False, True):
+            group = [held for member, held in self._held.items() if member.sharing == sharing]
+            stop_all(group, self._deadline)
+        for pid, tgid in self._tree.strangers():
+            if member := self._tree.take_in(pid, tgid, self._stop_stranger):
+                self._held[member] = self._strangers.pop(pid)
+        self.stopped_at = time.monotonic()
+        self._stopping.clear()
         for member in list(self._tree.members):
             if member not in self._held or not self._held[member].tracees:
                 self._tree.look_after(member)
         if self._tree.over:
             raise TargetGone(f"process {self._tree.root.process.pid} has exited")
-        root = self._tree.root
-        if root in self._tree.members and not root.settled:
-            raise ProgramChanged(f"process {root.process.pid} called execve")
-        self._tree.settle()
+        if moved := self._tree.moved():
+            if self._tree.root in moved:
+                raise ProgramChanged(f"process {self._tree.root.process.pid} called execve")
+            self._tree.settle()
 
     def _stop_stranger(self, process: Process) -> None:
         held = StoppedProcess(process)
         self._strangers[process.pid] = held
         self._every.append(held)
+        self._stopping.append(held)
         look_before([held], self._deadline)
         stop_all([held], self._deadline)
         if not held.tracees:
@@ -369,7 +378,9 @@ class StoppedTree:
 
     def release(self) -> int:
         """Let them all go; how many waits were given back."""
-        release_all(self._every)
-        self._reaper.close()
-        self.resumed_at = time.monotonic()
+        try:
+            release_all(self._every)
+            self.resumed_at = time.monotonic()
+        finally:
+            self._reaper.close()
         return sum(held.waits_given_back for held in self._every)

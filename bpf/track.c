@@ -464,8 +464,7 @@ TRACEPOINT_PROBE(task, task_newtask)
 	if (args->clone_flags & CLONE_VM)
 		added.flags |= TARGET_SHARES;
 
-	if (targets.update(&child, &added))
-		count(TOTAL_LOST_CHILDREN);
+	count(targets.update(&child, &added) ? TOTAL_LOST_CHILDREN : TOTAL_CHILDREN);
 	return 0;
 }
 

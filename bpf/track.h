@@ -54,6 +54,7 @@ struct visits {
 /* Counters of the whole set of programs, by index in the array map `totals`. */
 enum total {
 	TOTAL_LOST_CHILDREN, /* forks that found no room among the targets */
+	TOTAL_CHILDREN,      /* forks that were followed */
 	TOTAL_UNTOLD,        /* regions that found no room in the ring */
 	TOTAL_MIGRATIONS,    /* pages that were about to be moved to other memory, if asked for */
 	TOTAL_COUNT

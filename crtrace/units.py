@@ -68,7 +68,7 @@ def to_ranges(pages: U64) -> U64:
     breaks = np.flatnonzero(np.diff(pages) != 1)
     starts = pages[np.concatenate(([0], breaks + 1))]
     ends = pages[np.concatenate((breaks, [len(pages) - 1]))] + np.uint64(1)
-    return _pairs(starts, ends)
+    return pairs(starts, ends)
 
 
 def merge(*arrays: U64) -> U64:
@@ -85,11 +85,11 @@ def merge(*arrays: U64) -> U64:
     np.greater(every[1:, 0], reach[:-1], out=first[1:])
     last = np.ones_like(first)
     last[:-1] = first[1:]
-    return _pairs(every[first, 0], reach[last])
+    return pairs(every[first, 0], reach[last])
 
 
-def _pairs(starts: U64, ends: U64) -> U64:
-    """As ``np.stack`` does it, which takes three times as long for a few."""
+def pairs(starts: U64, ends: U64) -> U64:
+    """The range array of these; ``np.stack`` takes three times as long for a few."""
     ranges = np.empty((len(starts), 2), dtype=np.uint64)
     ranges[:, 0], ranges[:, 1] = starts, ends
     return ranges
@@ -113,7 +113,7 @@ def intersect(a: U64, b: U64) -> U64:
     hits = np.maximum(last - first, 0)
     left = np.arange(len(a)).repeat(hits)
     right = np.arange(len(left)) + (first - hits.cumsum() + hits)[left]
-    return _pairs(np.maximum(a[left, 0], b[right, 0]), np.minimum(a[left, 1], b[right, 1]))
+    return pairs(np.maximum(a[left, 0], b[right, 0]), np.minimum(a[left, 1], b[right, 1]))
 
 
 def subtract(a: U64, b: U64) -> U64:

@@ -23,10 +23,11 @@ from crtrace.linux.libc import (
     ioctl,
     kernel_version,
     syscall,
+    words,
 )
 from crtrace.units import PAGE_SIZE
 
-_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _NEXT_KEY, _PROG_LOAD = range(6)
+_MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _, _PROG_LOAD = range(6)
 _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN, _LOOKUP_BATCH, _LOOKUP_AND_DELETE_BATCH = 15, 17, 24, 25
 KPROBE, TRACEPOINT, RAW_TRACEPOINT = 2, 5, 17
 """Types of programs (``enum bpf_prog_type``)."""
@@ -42,11 +43,6 @@ _TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 Array = npt.NDArray[Any]
 
 
-def lookup(fd: int, key: Array, value: Array) -> bool:
-    """Fill ``value`` with the element at ``key``; False when there is none."""
-    return _element(_LOOKUP, fd, key, value)
-
-
 def update(fd: int, key: Array, value: Array) -> None:
     """Set an element. ``OSError`` E2BIG when the map is full."""
     if not _element(_UPDATE, fd, key, value):
@@ -58,18 +54,8 @@ def delete(fd: int, key: Array) -> bool:
     return _element(_DELETE, fd, key, None)
 
 
-def next_key(fd: int, key: Array | None, following: Array) -> bool:
-    """Fill ``following`` with the key after ``key``, or the first one; False at the end."""
-    attr = (ctypes.c_uint64 * 4)(fd, 0 if key is None else key.ctypes.data, following.ctypes.data)
-    try:
-        syscall(SYS_BPF, _NEXT_KEY, ctypes.addressof(attr), ctypes.sizeof(attr))
-    except FileNotFoundError:
-        return False
-    return True
-
-
 def _element(command: int, fd: int, key: Array, value: Array | None) -> bool:
-    attr = (ctypes.c_uint64 * 4)(fd, key.ctypes.data, 0 if value is None else value.ctypes.data)
+    attr = words(fd, key.ctypes.data, 0 if value is None else value.ctypes.data)
     try:
         syscall(SYS_BPF, command, ctypes.addressof(attr), ctypes.sizeof(attr))
     except FileNotFoundError:
@@ -172,6 +158,23 @@ def _call(command: int, attr: bytes) -> int:
     return syscall(SYS_BPF, command, address_of(attr), len(attr))
 
 
+class Element:
+    """Reads one element of a map, through buffers that are made once: the pause does it often."""
+
+    def __init__(self, fd: int, key: Array, value: npt.DTypeLike) -> None:
+        self._key, self._value = key, np.zeros(1, dtype=value)
+        self._attr = words(fd, key.ctypes.data, self._value.ctypes.data)
+        self._at = ctypes.addressof(self._attr)
+
+    def read(self) -> Any:
+        """Its value as of now, an int or a tuple of them; None when there is no such element."""
+        try:
+            syscall(SYS_BPF, _LOOKUP, self._at, ctypes.sizeof(self._attr))
+        except FileNotFoundError:
+            return None
+        return self._value.item()
+
+
 class Elements:
     """Reads all elements of one hash map, through buffers that are made once."""
 
@@ -204,7 +207,7 @@ class Elements:
 
     def _one_batch(self, command: int, first: bool) -> tuple[int, bool]:
         cursor_in, cursor_out = self._cursor.ctypes.data, self._cursor[1].ctypes.data
-        attr = (ctypes.c_uint64 * 7)(
+        attr = words(
             0 if first else cursor_in, cursor_out, self._keys.ctypes.data,
             self._values.ctypes.data, len(self._keys) | self.fd << 32, 0, 0,
         )  # fmt: skip
@@ -228,6 +231,7 @@ class Ring:
     def __init__(self, fd: int, size: int, record: npt.DTypeLike) -> None:
         self._entry = np.dtype([("state", "<u4"), ("page", "<u4"), ("record", record)])
         assert self._entry.itemsize % 8 == 0
+        self._nothing: Array = np.empty(0, dtype=record)
         self._size = size
         own = mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         # The kernel maps the data twice, one behind the other, so that no record is ever split.
@@ -250,6 +254,8 @@ class Ring:
     def take(self) -> Array:
         """The records that are complete, oldest first, up to one that is still being written."""
         at, end = int(self._consumer[0]), int(self._producer[0])
+        if at == end:
+            return self._nothing
         first = at % self._size
         entries = self._data[first : first + end - at].view(self._entry)
         busy = np.flatnonzero(entries["state"] & self._BUSY)

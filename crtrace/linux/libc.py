@@ -37,6 +37,15 @@ _mlock = _libc.mlock
 _mlock.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
+_WORDS = [ctypes.c_uint64 * count for count in range(8)]
+
+
+def words(*values: int) -> ctypes.Array[ctypes.c_uint64]:
+    """Up to seven 64-bit words for the kernel to read or fill. Their types are kept: garbage
+    collection would take them, and to make one again takes a pause 10 to 30 µs."""
+    return _WORDS[len(values)](*values)
+
+
 def syscall(number: int, *args: int) -> int:
     """The result of a system call; ``OSError`` with its errno when it fails."""
     point(_NAMES.get(number, "syscall"), args[0] if number == SYS_BPF else "")
@@ -86,7 +95,7 @@ def process_vm_readv(pid: Pid, local: int, size: int, remote: U64) -> int:
     (``ESRCH``, ``EPERM``) are raised.
     """
     point("process_vm_readv")
-    here = (ctypes.c_ulong * 2)(local, size)
+    here = words(local, size)
     result: int = _syscall(
         SYS_PROCESS_VM_READV, pid, ctypes.addressof(here), 1, remote.ctypes.data, len(remote), 0
     )

@@ -94,6 +94,7 @@ class KernelScanner:
         self.fd = fd
         self._known = ~0 if supported(fd, GUARD) else ~GUARD
         self._vector = np.zeros((_VECTOR, 3), dtype=np.uint64)
+        self._vector_at = self._vector.ctypes.data
 
     def scan(
         self,
@@ -127,7 +128,7 @@ class KernelScanner:
         """As much of the addresses as the vector holds; where to go on."""
         arg = bytearray(
             _ARG.pack(
-                _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector.ctypes.data,
+                _ARG.size, WP_MATCHING if arm else 0, start, end, 0, self._vector_at,
                 _VECTOR, 0, *conditions,
             )
         )  # fmt: skip

@@ -13,6 +13,7 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from types import TracebackType
 from typing import NamedTuple, Self
 
@@ -156,12 +157,14 @@ class Stat(NamedTuple):
     exit_code: int
 
 
+_STAT_NUMBERS = itemgetter(3, 4, 5, 6, 8, 21, 25, 26, 27, 37, *range(44, 52))
+
+
 def parse_stat(raw: str) -> Stat:
     """``/proc/PID/stat``; the command may hold spaces and parentheses."""
     head, _, tail = raw.rpartition(")")
     f = ["", "", *tail.split()]  # f[n] is field n + 1 of proc(5)
-    numbers = (3, 4, 5, 6, 8, 21, 25, 26, 27, 37, 44, 45, 46, 47, 48, 49, 50, 51)
-    return Stat(head.partition("(")[2], f[2], *(int(f[n]) for n in numbers))
+    return Stat(head.partition("(")[2], f[2], *map(int, _STAT_NUMBERS(f)))
 
 
 EXEC_TIME = 0.2

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from crtrace.errors import TargetGone
-from crtrace.linux.libc import ptrace, waitpid
+from crtrace.linux.libc import ptrace, waitpid, words
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.units import Pid
 
@@ -42,7 +42,7 @@ class Tracee:
 
     def read_regset(self, note: int, size: int) -> bytes:
         """One register set, at most ``size`` bytes; empty where the machine has none."""
-        iov = (ctypes.c_ulong * 2)(ctypes.addressof(self.buffer), size)
+        iov = words(ctypes.addressof(self.buffer), size)
         try:
             ptrace(GETREGSET, self.tid, note, ctypes.addressof(iov))
         except OSError as error:
@@ -58,7 +58,7 @@ class Tracee:
     def set_registers(self, registers: Registers) -> None:
         """Replace the general registers in one step."""
         raw = ctypes.create_string_buffer(registers.pack(), REGS_SIZE)
-        iov = (ctypes.c_ulong * 2)(ctypes.addressof(raw), REGS_SIZE)
+        iov = words(ctypes.addressof(raw), REGS_SIZE)
         ptrace(SETREGSET, self.tid, NT_PRSTATUS, ctypes.addressof(iov))
 
     def read_sigmask(self) -> int:
@@ -73,7 +73,7 @@ class Tracee:
 
     def read_pending(self, *, shared: bool = False) -> int:
         """The signals that wait for this thread (or its process), bit 0 for signal 1."""
-        asked = (ctypes.c_uint32 * 4)(0, 0, int(shared), _PEEKED)
+        asked = words(0, int(shared) | _PEEKED << 32)  # struct ptrace_peeksiginfo_args
         count = ptrace(
             PEEKSIGINFO, self.tid, ctypes.addressof(asked), ctypes.addressof(self.buffer)
         )

@@ -27,6 +27,7 @@ from crtrace.linux.ptrace import (
     XSTATE_MAX,
     Tracee,
 )
+from crtrace.linux.registers import Registers
 from crtrace.linux.waits import cut_short, started_again
 from crtrace.units import Pid
 
@@ -353,7 +354,8 @@ def _switches(pid: Pid, tid: Pid) -> str:
 def _give_back_wait(pid: Pid, tracee: Tracee) -> bool:
     """Rewind a wait that our stop ended, unless a signal of its own is there to end it."""
     try:
-        registers = tracee.registers()
+        # What a pause has read of it holds as long as that lasts.
+        registers = Registers(tracee.prstatus) if tracee.prstatus else tracee.registers()
         if not cut_short(registers):
             return False
         status = thread_status(pid, tracee.tid)

@@ -10,7 +10,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import NamedTuple
+from functools import cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,8 @@ from crtrace.linux.bpf import Array
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
-from crtrace.track.loader import KEY, MIGRATIONS, Programs
-from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, distinct, to_ranges
+from crtrace.track.loader import KEY, MIGRATIONS, TARGETS, Programs
+from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, distinct, no_pages, to_ranges
 
 log = logging.getLogger("crtrace")
 
@@ -55,7 +56,7 @@ VISITS = np.dtype(
 assert [each.itemsize for each in (KEY, BITS, TARGET, VISITS)] == [16, 64, 32, 88], "bpf/track.h"
 FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
-_LOST_CHILDREN, _UNTOLD, _MIGRATIONS = range(3)
+_LOST_CHILDREN, _CHILDREN, _UNTOLD, _MIGRATIONS = range(4)
 """Indices of ``totals``, as in bpf/track.h."""
 _OWN_TGID, _OWN_SPACE, _VISITED, _COVERS = range(4)
 """Indices of ``controller``, as in bpf/track.h."""
@@ -105,6 +106,12 @@ class Visits(NamedTuple):
 
 
 assert VISITS.names == Visits._fields
+_NO_VISITS = (0,) * len(Visits._fields)
+_LAYOUT: dict[str, tuple[npt.DTypeLike, npt.DTypeLike]] = {
+    "targets": ("<u4", TARGET), "visits": ("<u8", VISITS), "generation": ("<u4", "<u4"),
+    "totals": ("<u4", "<u8"), "question": ("<u4", "<u8"), "controller": ("<u4", "<u8"),
+}  # fmt: skip
+"""The types of key and value of the maps of which single elements are read."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +138,10 @@ class WrittenPages:
         self._counts_migrations: bool | None = None
         self._written = [bpf.Elements(self._maps[f"written{n}"], KEY, BITS) for n in (0, 1)]
         self._ring = programs.ring
-        generation = _u32(0)
-        bpf.lookup(self._maps["generation"], _u32(0), generation)
-        self._generation = int(generation[0])
+        self._elements: dict[tuple[str, int], bpf.Element] = {}
+        """To read those that were read before, by map and key."""
+        self._targets = bpf.Elements(self._maps["targets"], *_LAYOUT["targets"], batch=TARGETS)
+        self._generation: int = self._read("generation", 0)
         self._drained = True
         self._left: list[tuple[Array, Array]] = []
         """Taken out of a map that nobody had drained."""
@@ -227,12 +235,20 @@ class WrittenPages:
         bpf.update(self._maps[table], _u32(index), _u64(word))
 
     def _get(self, table: str, index: int) -> int:
-        value = _u64(0)
-        bpf.lookup(self._maps[table], _u32(index), value)
-        return int(value[0])
+        return self._read(table, index) or 0
+
+    def _read(self, table: str, key: int) -> Any:
+        """An element of a map, an int or a tuple of them; None when there is no such element."""
+        element = self._elements.get((table, key))
+        if not element:
+            kind, value = _LAYOUT[table]
+            element = bpf.Element(self._maps[table], np.array([key], dtype=kind), value)
+            self._elements[table, key] = element
+        return element.read()
 
     def remove(self, tgid: int) -> None:
         """Mark it no longer."""
+        self._elements.pop(("targets", tgid), None)
         bpf.delete(self._maps["targets"], _u32(tgid))
         bpf.delete(self._maps["homes"], _u32(tgid))
 
@@ -242,25 +258,20 @@ class WrittenPages:
 
     def targets(self) -> dict[int, int]:
         """The flags of all processes that are marked now, followed children included."""
-        found: dict[int, int] = {}
-        key, after = _u32(0), np.zeros(1, dtype=np.uint32)
-        value = np.zeros(1, dtype=TARGET)
-        # Where the key before is deleted meanwhile, the kernel begins again at the first.
-        while bpf.next_key(self._maps["targets"], key if found else None, after):
-            key[0] = after[0]
-            if bpf.lookup(self._maps["targets"], key, value):
-                found[int(key[0])] = int(value["flags"][0])
-        return found
+        keys, values = self._targets.peek()
+        return dict(zip(keys.tolist(), values["flags"].tolist(), strict=True))
 
     def counts(self, tgid: int) -> Counts:
         """The live counters; zeros once the process is not marked any more."""
-        value = np.zeros(1, dtype=TARGET)
-        bpf.lookup(self._maps["targets"], _u32(tgid), value)
-        return Counts(*value.item()[:3])
+        return Counts(*(self._read("targets", tgid) or (0, 0, 0))[:3])
 
     def lost_children(self) -> int:
         """Forks that were not followed because the target map was full."""
         return self._get("totals", _LOST_CHILDREN)
+
+    def children(self) -> int:
+        """Forks that were followed."""
+        return self._get("totals", _CHILDREN)
 
     # ---- what bounds a scan --------------------------------------------------------------------
 
@@ -284,6 +295,7 @@ class WrittenPages:
 
     def leave_space(self, space: int) -> None:
         """Count its visits no longer."""
+        self._elements.pop(("visits", space), None)
         bpf.delete(self._maps["visits"], _u64(space))
 
     def live_in(self, space: int, tgid: int) -> None:
@@ -361,9 +373,7 @@ class WrittenPages:
 
     def visits(self, space: int) -> Visits:
         """All that is counted of it; zeros once it is not any more."""
-        value = np.zeros(1, dtype=VISITS)
-        bpf.lookup(self._maps["visits"], _u64(space), value)
-        return Visits(*value.item())
+        return Visits(*(self._read("visits", space) or _NO_VISITS))
 
     def _missed(self) -> int:
         """Faults at which the program that marks the writes of others could not run."""
@@ -372,16 +382,25 @@ class WrittenPages:
     def regions(self, tgids: Iterable[int], *, before: bool = False) -> U64:
         """Page ranges of the regions marked since the last :meth:`switch`; with ``before``, since
         the one before that."""
-        self._heard.append(self._ring.take())
-        keys = np.concatenate([*self._heard, *(self._heard_before if before else ())])
-        ours = np.logical_or.reduce([keys["tgid"] == tgid for tgid in tgids])
-        regions: U64 = to_ranges(distinct(keys["region"][ours])) * np.uint64(REGION_PAGES)
+        self._hear()
+        heard = [*self._heard, *(self._heard_before if before else ())]
+        if not heard:
+            return no_pages()
+        marked_by, region = (
+            np.concatenate([k[name] for k in heard]) for name in ("tgid", "region")
+        )
+        ours = np.logical_or.reduce([marked_by == tgid for tgid in tgids])
+        regions: U64 = to_ranges(distinct(region[ours])) * np.uint64(REGION_PAGES)
         return regions
+
+    def _hear(self) -> None:
+        if len(keys := self._ring.take()):
+            self._heard.append(keys)
 
     def switch(self) -> None:
         """Send marks to the other map from now on."""
-        self._heard_before = [*self._heard, self._ring.take()]
-        self._heard = []
+        self._hear()
+        self._heard_before, self._heard = self._heard, []
         following = self._generation ^ 1
         if not self._drained:  # what is in the map already would not be told again
             self._left.append(self._written[following].take())
@@ -425,10 +444,16 @@ def taken_and_split() -> tuple[int, int]:
 
 def vmstat(*names: bytes) -> list[int]:
     """Counters of the kernel as of now; those that it has not got are 0."""
-    with open("/proc/vmstat", "rb", buffering=0) as file:
-        lines = b"\n" + file.read()
+    lines, fd = b"\n", _vmstat()
+    while part := os.pread(fd, 1 << 16, len(lines) - 1):
+        lines += part
     ends = (lines.partition(b"\n" + name + b" ")[2] for name in names)
     return [int(end.partition(b"\n")[0] or 0) for end in ends]
+
+
+@cache
+def _vmstat() -> int:
+    return os.open("/proc/vmstat", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def decode(regions: U64, words: U64) -> U64:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from crtrace.units import U64, count_pages
+from crtrace.units import U64, count_pages, pairs
 
 LARGE = 65_536
 """Pages from which on a bounded scan may be worth it."""
@@ -31,7 +31,7 @@ def joined(ranges: U64, gap: int) -> U64:
         return ranges
     far = np.flatnonzero(ranges[1:, 0] - ranges[:-1, 1] > gap) + 1
     starts, ends = np.concatenate(([0], far)), np.concatenate((far, [len(ranges)])) - 1
-    return np.stack((ranges[starts, 0], ranges[ends, 1]), axis=1)
+    return pairs(ranges[starts, 0], ranges[ends, 1])
 
 
 def worth_while(within: U64, effort: int, *, beside: bool) -> U64 | None:

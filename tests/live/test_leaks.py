@@ -20,7 +20,7 @@ from crtrace.capture.session import Session
 from crtrace.image.store import ChainWriter
 from crtrace.linux import bpf
 from crtrace.linux.procfs import Process
-from crtrace.track.dirty import KEY, WrittenPages
+from crtrace.track.dirty import BITS, KEY, WrittenPages
 from crtrace.track.loader import Loading, Programs
 from crtrace.units import Pid
 from tests.live.conftest import Spawn
@@ -58,11 +58,8 @@ def memory() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 
 def entries(fd: int) -> int:
     """How many elements a BPF map of regions has."""
-    key, after = np.zeros(1, dtype=KEY), np.zeros(1, dtype=KEY)
-    count = 0
-    while bpf.next_key(fd, key if count else None, after):
-        key[0], count = after[0], count + 1
-    return count
+    keys, _ = bpf.Elements(fd, KEY, BITS).peek()
+    return len(keys)
 
 
 class Marks(WrittenPages):

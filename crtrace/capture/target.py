@@ -119,11 +119,6 @@ class Target:
         self._map_as_of = now
         return changed
 
-    def guided(self, tgids: list[int]) -> bool:
-        """Whether a scan now would be bounded by what is marked, or as short without."""
-        guide = self._guide_for(tgids)
-        return not guide or guide.holds(guide.basis(tgids, self.map.changes))
-
     def _guide_for(self, tgids: list[int]) -> Guide | None:
         """What bounds a scan, if anything can."""
         # io_uring's workers are not stopped, so their faults may be under way all the time.

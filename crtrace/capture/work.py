@@ -96,6 +96,8 @@ class Work:
     processes: int = 0
     threads: int = 0
     rounds: int = 0
+    faults: int = 0
+    """Write faults since the last pause when the last round began."""
     converged: bool = True
     pages: int = 0
     """Copied while the targets ran, or about to be."""

@@ -53,6 +53,7 @@ WRITTEN_OR_NOTHING = Filter(
 )
 """What is written, and where there is nothing: one walk for both, to be told apart afterwards. It
 cannot arm, which passes over memory that is not to be armed."""
+NOT_IN_PLACE = Filter(need=pagemap.SWAPPED)
 _TOLD_APART = pagemap.REPORTED | pagemap.PFNZERO
 
 
@@ -245,10 +246,12 @@ class UserfaultfdArmer:
         """What was written since it was armed; it is armed again."""
         # What a scan has armed and could not hand over looks as if it had not been written.
         again, self._doubtful = self._doubtful, True
+        still = self._moving
+        if len(still):  # what arrives only behind this scan, or during it
+            still = merge(self._scanner.scan(NOT_IN_PLACE, still)[0])
         written, categories = self._scanner.scan(WRITTEN, windows, arm=True)
         moving = written[(categories & np.uint64(pagemap.SWAPPED)) != 0]
-        left = no_pages() if windows is None else subtract(self._moving, windows)
-        self._moving = merge(left, moving)
+        self._moving = merge(still, moving)
         return merge(written, self.everything()) if again else written
 
     def everything(self) -> U64:

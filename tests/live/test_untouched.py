@@ -492,7 +492,7 @@ def test_a_target_that_execs_all_the_time_is_never_taken_for_ended(
     with Watching(target.pid, tmp_path / "chain", "--interval", 0.005) as watching:
         watching.event("checkpoint")
         target.obey("go")
-        target.await_ready()
+        target.await_ready(180)  # an emulated machine takes a minute for it
         calm = 0
         while calm < 3:
             calm = calm + 1 if watching.event().get("reason") == "interval" else 0

@@ -83,8 +83,9 @@ class Pins:
     def ranges(self, process: Process) -> U64:
         """The pages of all fixed buffers as registered now; quick. Raises ``CrtraceError`` when a
         ring stays busy, so that it does not tell."""
-        spans = self._spans(process)
-        return merge(_pages(spans, PAGE_SIZE))
+        if not self.rings:
+            return no_pages()
+        return merge(_pages(self._spans(process), PAGE_SIZE))
 
     def unexplained(self, process: Process) -> int:
         """Bytes that are pinned for long by something else than the rings that were found.

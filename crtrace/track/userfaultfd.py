@@ -116,6 +116,9 @@ class UserfaultfdArmer:
         self._moving = no_pages()
         """Found written while the kernel moved them to other memory, perhaps: they are not armed
         when they arrive."""
+        self._own_in_files: object = None
+        self._of_files_last = no_pages(), no_pages()
+        """What was made of that; it seldom changes."""
         self._swapped = no_pages()
         """Swapped out when last looked at."""
         self._unprotected = no_pages()
@@ -183,8 +186,8 @@ class UserfaultfdArmer:
         written, absent, markers = self._look_through(space, windows, how.beside)
         of_files, zeros = self._of_files(space)
         # Who does not stand still may have filled a page between the two walks.
-        self._absent = subtract(self._absent, written)
-        gone = merge(space.not_private, subtract(absent, merge(written, zeros)), of_files)
+        self._absent = subtract(absent, written)
+        gone = merge(space.not_private, subtract(self._absent, zeros), of_files)
         if windows is None and not how.stopped:
             present = count_pages(subtract(space.private, absent))
             self._effort = effort(present, len(space.vmas))
@@ -350,10 +353,12 @@ class UserfaultfdArmer:
         own, categories = self._scanner.scan(
             pagemap.OWN_OR_ZEROS, joined(space.private_files, SMALL_GAP), report=pagemap.PFNZERO
         )
-        zeros = own[categories != 0]
-        if len(zeros):
-            zeros = intersect(zeros, space.private_files)
-        return subtract(space.private_files, merge(own)), zeros
+        found = space.changes, own.tobytes(), categories.tobytes()
+        if found != self._own_in_files:
+            zeros = intersect(own[categories != 0], space.private_files)
+            self._of_files_last = subtract(space.private_files, merge(own)), zeros
+            self._own_in_files = found
+        return self._of_files_last
 
     def let_go(self, address: int) -> None:
         """See :class:`crtrace.track.armer.Armer`: it is read every time, like what is refused."""

@@ -85,12 +85,13 @@ static __always_inline bool mark(u32 number, u64 address)
 	struct region_key key = { .tgid = number, .region = address >> REGION_SHIFT };
 	struct region_bits *bits = find_region(&key);
 
-	if (!bits) {
+	/* Once more where the generation has changed between the two steps. */
+	for (int tries = 0; !bits && tries < 2; tries++) {
 		add_region(&key);
 		bits = find_region(&key);
-		if (!bits)
-			return false;
 	}
+	if (!bits)
+		return false;
 
 	u64 page = address >> PAGE_SHIFT_4K;
 	u64 bit = 1ULL << (page & 63);

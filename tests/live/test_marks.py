@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +15,13 @@ import pytest
 
 from crtrace.errors import TargetGone
 from crtrace.linux import bpf
+from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.libc import kernel_version
 from crtrace.linux.procfs import Process
+from crtrace.linux.ptrace import signals_held
+from crtrace.linux.stop import StoppedProcess
 from crtrace.track import bytecode
+from crtrace.track.armer import How
 from crtrace.track.bytecode import Bytecode, cache_key, keep, recall
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import (
@@ -32,6 +36,7 @@ from crtrace.track.loader import (
     bpf_sources,
     kernel_types,
 )
+from crtrace.track.userfaultfd import UserfaultfdArmer
 from crtrace.units import PAGE_SIZE, U64, Pid
 from tests.live.conftest import Spawn, skip_unless_visits_are_told
 from tests.live.exactness import judged
@@ -214,6 +219,29 @@ def test_pages_without_room_in_the_map_are_counted(spawn: Spawn) -> None:
             number = marks.add(process)
             target.obey("go")
             wait_until(lambda: marks.counts(number).lost > 100, "losses are counted")
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_no_mark_is_lost_to_a_switch(spawn: Spawn, programs: Programs) -> None:
+    """That comes between the two steps of marking the first page of a region."""
+    target, marks = spawn("bench", "--mib", 1024), WrittenPages(programs)
+    with ExitStack() as stack:
+        process = stack.enter_context(Process(Pid(target.pid)))
+        space = AddressSpace(process)
+        armer = stack.enter_context(closing(UserfaultfdArmer(process, space)))
+        with signals_held(), StoppedProcess(process) as stopped:
+            armer.arm(stopped)
+        number = marks.add(process)
+        armer.scan(space, How(stopped=False))
+        target.obey("write 300")
+        for _ in range(3000):
+            armer.scan(space, How(stopped=False))
+            marks.switch()
+            marks.drain()
+        target.obey("write 0")
+        counts = marks.counts(number)
+    assert counts.faults > 3000
+    assert counts.lost == 0
 
 
 def test_changes_of_the_address_space_are_counted(spawn: Spawn, programs: Programs) -> None:

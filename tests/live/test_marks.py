@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -234,13 +235,14 @@ def test_no_mark_is_lost_to_a_switch(spawn: Spawn, programs: Programs) -> None:
         number = marks.add(process)
         armer.scan(space, How(stopped=False))
         target.obey("write 300")
-        for _ in range(3000):
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
             armer.scan(space, How(stopped=False))
             marks.switch()
             marks.drain()
         target.obey("write 0")
         counts = marks.counts(number)
-    assert counts.faults > 3000
+    assert counts.faults > 100
     assert counts.lost == 0
 
 

@@ -19,7 +19,7 @@ from crtrace.image.pageindex import IndexRows
 from crtrace.image.places import PageKind, kinds
 from crtrace.image.resolve import UNKNOWN_WHEN_ABSENT, Source
 from crtrace.image.tables import Vma, VmaFlag
-from crtrace.units import PAGE_SHIFT, U64, Bools, Bytes, merge, no_pages, subtract, to_ranges
+from crtrace.units import PAGE_SHIFT, U64, Bools, Bytes, merge, no_pages, pairs, subtract, to_ranges
 
 END = 1 << 53
 """Beyond every page number."""
@@ -208,7 +208,7 @@ def _compare(pair: Pair, sides: tuple[Side, Side], first: int, end: int) -> Runs
     codes = _codes(pair, sides, pages, rows)
     absent = _codes(pair, sides, np.zeros(1, dtype=np.uint64), [(NO_ROWS, NO_ROWS)] * 2)
     pages, codes, listed = pages[codes >= 25], codes[codes >= 25], to_ranges(pages)
-    ranges = np.stack((pages, pages + np.uint64(1)), axis=1)
+    ranges = pairs(pages, pages + np.uint64(1))
     if absent[0] >= 25:
         gaps = subtract(np.array([[first, end]], dtype=np.uint64), listed)
         ranges = np.concatenate((ranges, gaps))
@@ -230,7 +230,7 @@ def _joined(ranges: U64, codes: Bytes) -> Runs:
     new = np.ones(len(codes), dtype=np.bool_)
     new[1:] = (ranges[1:, 0] != ranges[:-1, 1]) | (codes[1:] != codes[:-1])
     last = np.roll(new, -1)  # the first is new, so the last one is, too
-    return Runs(np.stack((ranges[new, 0], ranges[last, 1]), axis=1), codes[new])
+    return Runs(pairs(ranges[new, 0], ranges[last, 1]), codes[new])
 
 
 class PageComparer:

@@ -23,7 +23,7 @@ from crtrace.linux import pagemap
 from crtrace.linux.addrspace import open_mapped
 from crtrace.linux.files import FileFacts, nobody_writes
 from crtrace.linux.procfs import WRITE, FileKey, Vma
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, intersect, merge, no_pages
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, intersect, merge, no_pages, pairs
 
 SETTLED_NS = 1_000_000_000
 """A file that was written before can be told from one written since by its time of change: no
@@ -115,7 +115,7 @@ class MappedObject:
         if self.facts.memory or not self.facts.links:
             data = (_data_ranges(self.fd, *span) for span in inside.tolist())
             return intersect(merge(*data, *present), inside)
-        stored = np.stack((known, known + np.uint64(1)), axis=1)
+        stored = pairs(known, known + np.uint64(1))
         return intersect(merge(*present, stored), inside)
 
     def read(self, ranges: U64, buffer: Bytes) -> list[tuple[int, int]]:

@@ -226,10 +226,11 @@ class Session:
         while (left := self._left(work)) > AT_ONCE and work.converging(left):
             self._precopy_round(work, image)
         self._pipeline.hold()
-        if not (self._must_stand_still() or self._all_compared()):
+        if self._must_stand_still():
+            if left > self._little_enough():
+                self._collect(work, image)
+        elif not self._all_compared():
             self._collect_last(work, image, left)
-        elif left > self._little_enough():
-            self._collect(work, image)
 
     def _collect_last(self, work: Work, image: ImageWriter, left: int) -> None:
         """Collect once in any case: what the pause does was done a moment ago then, and takes 0.9

@@ -67,12 +67,9 @@ class Part:
         What it found written is suspect until :meth:`trust`. Returns pages to read besides: carried
         over, not readable before, or suspect.
         """
-        again = self.suspect
-        if not self.rounds:
-            again = merge(again, self.carried)
-        if self.failed:
-            failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
-            again = merge(again, to_ranges(failed))
+        failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
+        carried = no_pages() if self.rounds else self.carried
+        again = merge(carried, to_ranges(failed), self.suspect)
         self._scanned.append(scan.written)
         self.suspect = subtract(scan.written, scan.unarmed)
         self.unarmed = scan.unarmed

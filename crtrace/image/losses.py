@@ -14,7 +14,7 @@ from crtrace.errors import ImageDamaged
 from crtrace.image.fields import Cursor, must_be_zero
 from crtrace.image.framing import RecordType
 from crtrace.image.places import PAGE_LIMIT
-from crtrace.units import U64, intersect
+from crtrace.units import U64, intersect, pairs
 
 UNREADABLE_ROW = struct.Struct("<IiQQII")
 HEAD = struct.Struct("<II")
@@ -83,7 +83,7 @@ def unreadable_pages(data: bytes, where: str) -> dict[int, U64]:
     Raises ``ImageDamaged`` as ``Unreadable.unpack`` does.
     """
     rows = _unpack(data, where)
-    ranges = np.stack((rows["first"], rows["first"] + rows["count"]), axis=1)
+    ranges = pairs(rows["first"], rows["first"] + rows["count"])
     spaces, starts = np.unique(rows["space"], return_index=True)
     return (
         dict(zip(spaces.tolist(), np.split(ranges, starts[1:]), strict=True)) if len(rows) else {}

@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from crtrace.units import REGION_PAGES, U64, Bools, contains, distinct
+from crtrace.units import REGION_PAGES, U64, Bools, contains, distinct, pairs
 
 SLAB_REGIONS = 256
 """Regions allocated together: 2 MiB of hashes. Tables grow by slabs, so nothing is ever copied."""
@@ -136,7 +136,7 @@ def _by_slab(cells: Cells) -> Iterator[tuple[int, Bools | slice, Cells]]:
 def _covered(regions: U64, present: U64) -> Bools:
     """Which of ``regions`` lie in one range of ``present`` as a whole."""
     whole = present[present[:, 1] - present[:, 0] >= REGION_PAGES]
-    firsts = np.stack((whole[:, 0], whole[:, 1] - np.uint64(REGION_PAGES - 1)), axis=1)
+    firsts = pairs(whole[:, 0], whole[:, 1] - np.uint64(REGION_PAGES - 1))
     return contains(firsts, regions << REGION_SHIFT)
 
 

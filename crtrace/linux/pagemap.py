@@ -28,6 +28,7 @@ from crtrace.units import (
     intersect,
     merge,
     no_pages,
+    pairs,
     subtract,
 )
 
@@ -244,7 +245,7 @@ class PlainScanner:
         categories = (alike & np.uint64(1)) * np.uint64(PFNZERO)
         for category, bit in bits:
             categories |= (alike >> np.uint64(bit - 48) & np.uint64(1)) * np.uint64(category)
-        ranges = np.stack((edges[:-1], edges[1:]), axis=1) + np.uint64(first)
+        ranges = pairs(edges[:-1], edges[1:]) + np.uint64(first)
         return _matching(ranges, categories, want, report)
 
 

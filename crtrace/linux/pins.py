@@ -17,7 +17,7 @@ import numpy as np
 from crtrace.errors import CrtraceError
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.procfs import Process
-from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, merge, no_pages
+from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, merge, no_pages, pairs
 
 _RING = "anon_inode:[io_uring]"
 _BUFFERS = re.compile(rb"^UserBufs:\t(\d+)\n((?: *\d+: .*\n)*)", re.M)
@@ -164,4 +164,4 @@ def _pages(spans: U64, unit: int) -> U64:
     """The page ranges of (address, bytes), each rounded out to whole units of bytes."""
     unit_less_one, mask = np.uint64(unit - 1), np.uint64(2**64 - unit)
     starts, ends = spans[:, 0] & mask, (spans[:, 0] + spans[:, 1] + unit_less_one) & mask
-    return np.stack((starts, ends), axis=1) >> np.uint64(PAGE_SHIFT)
+    return pairs(starts, ends) >> np.uint64(PAGE_SHIFT)

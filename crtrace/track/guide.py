@@ -33,6 +33,7 @@ from crtrace.units import (
     intersect,
     merge,
     no_pages,
+    pairs,
     subtract,
     to_ranges,
 )
@@ -200,4 +201,4 @@ def _whole_regions(ranges: U64) -> U64:
     first = (ranges[:, 0] + np.uint64(REGION_PAGES - 1)) // np.uint64(REGION_PAGES)
     end = ranges[:, 1] // np.uint64(REGION_PAGES)
     whole = first < end
-    return np.stack((first[whole], end[whole]), axis=1) * np.uint64(REGION_PAGES)
+    return pairs(first[whole], end[whole]) * np.uint64(REGION_PAGES)

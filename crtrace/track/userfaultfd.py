@@ -117,8 +117,8 @@ class UserfaultfdArmer:
         """Found written while the kernel moved them to other memory, perhaps: they are not armed
         when they arrive."""
         self._own_in_files: object = None
-        self._of_files_last = no_pages(), no_pages()
-        """What was made of that; it seldom changes."""
+        """What was last found of them, and what was made of it: that seldom changes."""
+        self._files_and_zeros = no_pages(), no_pages()
         self._swapped = no_pages()
         """Swapped out when last looked at."""
         self._unprotected = no_pages()
@@ -356,9 +356,9 @@ class UserfaultfdArmer:
         found = space.changes, own.tobytes(), categories.tobytes()
         if found != self._own_in_files:
             zeros = intersect(own[categories != 0], space.private_files)
-            self._of_files_last = subtract(space.private_files, merge(own)), zeros
+            self._files_and_zeros = subtract(space.private_files, merge(own)), zeros
             self._own_in_files = found
-        return self._of_files_last
+        return self._files_and_zeros
 
     def let_go(self, address: int) -> None:
         """See :class:`crtrace.track.armer.Armer`: it is read every time, like what is refused."""

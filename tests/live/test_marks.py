@@ -63,7 +63,9 @@ def test_bpf_compiles_without_warnings() -> None:
     """The compiler's process is silent: what clang has to say comes on its stderr."""
     command = [sys.executable, "-m", "crtrace.track.loader"]
     done = subprocess.run(command, capture_output=True, check=False)
-    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.returncode == 0, done.stderr
+    if kernel_version() >= (5, 12):  # earlier, BCC tells of the attempts that fail
+        assert done.stderr == b""
     names = {each.name.rpartition("__")[2] for each in Bytecode.unpack(done.stdout).programs}
     always = {*RAW_TRACEPOINTS, *(name for _, name in TRACEPOINTS), RESOLVER, MIGRATING}
     assert names - {*LOCKS, COVERING} == always
@@ -215,7 +217,7 @@ def test_the_first_faults_of_children_are_seen(spawn: Spawn, programs: Programs)
 def test_pages_without_room_in_the_map_are_counted(spawn: Spawn) -> None:
     with Loading(regions=4).result() as programs:
         marks = WrittenPages(programs)
-        target = spawn("writer", "--mib", 64, "--running", 0)
+        target = spawn("writer", "--mib", 64, "--running", 0, "--huge", 0)
         with Process(Pid(target.pid)) as process:
             number = marks.add(process)
             target.obey("go")

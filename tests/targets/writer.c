@@ -3,7 +3,7 @@
  *
  * Options: --threads T (2), --mib S (16, all threads together), --heap KIB (64, each thread),
  * --rate MB/s (0: as fast as it goes; a write counts as the page it dirties), --fill 1 (write
- * every page first), --running 0 (wait for "go"), --seed N.
+ * every page first), --running 0 (wait for "go"), --huge 0 (no huge pages), --seed N.
  * Commands: stop, go, stats, check, churn N.
  */
 #include "shadow.h"
@@ -57,6 +57,8 @@ static void setup(void)
 	uint64_t *data = map_anon(threads * words * sizeof(uint64_t));
 	uint64_t *shadow = map_anon(threads * (words + heap_words) * sizeof(uint64_t));
 
+	if (!option("--huge", 1))
+		madvise(data, threads * words * sizeof(uint64_t), MADV_NOHUGEPAGE);
 	for (int i = 0; i < threads; i++) {
 		struct writer *w = &writers[i];
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -38,13 +40,57 @@ def test_setup_refuses_a_kind_that_it_does_not_know() -> None:
     assert "usage" in done.stderr
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["setup", "crtrace", "demo", "test", "fuzz", "vm",
-     "bench", "bench-pause", "bench-tree", "bench-chain"],
-)  # fmt: skip
-def test_scripts_are_programs(name: str) -> None:
-    assert os.access(ROOT / "scripts" / name, os.X_OK)
+PROGRAMS = sorted(path.name for path in (ROOT / "scripts").iterdir() if not path.suffix)
+
+
+def test_scripts_are_programs() -> None:
+    assert {"setup", "crtrace", "demo", "test", "fuzz", "vm", "bench"} < set(PROGRAMS)
+    for name in set(PROGRAMS) - {"vm_guest", "__pycache__"}:
+        assert os.access(ROOT / "scripts" / name, os.X_OK), name
+
+
+@pytest.fixture
+def everybodys() -> Iterator[Path]:
+    """A directory that others than root can enter, unlike ``tmp_path``."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as path:
+        Path(path).chmod(0o755)
+        yield Path(path)
+
+
+@pytest.mark.needs_root
+def test_what_is_for_us_survives_sudo(everybodys: Path) -> None:
+    """Which clears the environment."""
+    sudo = everybodys / "sudo"
+    sudo.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    sudo.chmod(0o755)
+    text = (ROOT / "scripts/as_root.sh").read_text() + 'as_root program "an argument"'
+    as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"]
+    for environment, expected in (
+        ({}, ["--", "program", "an argument"]),
+        (
+            {"CRTRACE_ARMER": "compare", "HOME": "/", "https_proxy": "x"},
+            ["--preserve-env=CRTRACE_ARMER,https_proxy", "--", "program", "an argument"],
+        ),
+    ):
+        done = subprocess.run(
+            [*as_nobody, "bash", "-euo", "pipefail", "-c", text],
+            env={"PATH": f"{everybodys}:/usr/bin:/bin", **environment},
+            cwd="/", capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.splitlines() == expected
+
+
+def test_help_needs_no_root() -> None:
+    text = (ROOT / "scripts/as_root.sh").read_text() + 'asks_for_help "$@" && echo yes || echo no'
+    for words, expected in (
+        (["watch", "-h"], "yes"), (["--help"], "yes"),
+        (["run", "--", "x", "--help"], "no"), ([], "no"),
+    ):  # fmt: skip
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", text, "bash", *words],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert done.stdout.strip() == expected
 
 
 def test_a_wheel_carries_the_bpf_sources_and_the_format(tmp_path: Path) -> None:

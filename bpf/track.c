@@ -1,10 +1,10 @@
-// SPDX-License-Identifier: GPL-2.0
+// SPDX-License-Identifier: GPL-2.0-or-later
 /*
  * Mark the pages that the targets write.
  *
  * After the controller has armed a page, its next write faults, and the page-fault tracepoints see
- * that. Only tracepoint arguments and helpers are used, no kernel struct of the headers, so those of
- * any version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES, the sizes of the maps;
+ * that. No struct is taken from the kernel's headers but pt_regs, which is ABI, so those of any
+ * version will do. Given by the loader: REGIONS, TARGETS and RING_PAGES, the sizes of the maps;
  * OLD_KERNEL before Linux 5.12; and from the running kernel's BTF, where it has that, VMA_MM_OFFSET
  * (of vm_mm in struct vm_area_struct) and LOCK_WRITE_ARG (which argument of the tracepoints of the
  * mmap lock tells that it is held for writing).
@@ -27,8 +27,7 @@
 BPF_TABLE("hash", struct region_key, struct region_bits, written0, REGIONS);
 BPF_TABLE("hash", struct region_key, struct region_bits, written1, REGIONS);
 BPF_TABLE("hash", u32, struct target, targets, TARGETS);
-/* Which of the two maps takes marks now: the controller switches while all targets are stopped,
- * and drains the other one after they run again. */
+/* Which of the two maps takes marks now: the controller switches, and drains the other one. */
 BPF_ARRAY(generation, u32, 1);
 BPF_ARRAY(totals, u64, TOTAL_COUNT);
 /* The question put to resolve(): device and inode of a PID namespace, a process number in it; and
@@ -210,13 +209,13 @@ static __always_inline bool moves_tables(u64 call, struct user_state *user)
 	return call == 25 && (inside + size) >> REGION_SHIFT;
 }
 
-/* Whether a call of the current thread's that changes the address space can make a mapping... */
+/* Whether a call of the current thread's that changes the address space can make a mapping. */
 static __always_inline bool maps(u64 call)
 {
 	return call == 9 || call == 12 || call == 25 /* mmap, brk, mremap */ || call == 206 /* io_setup */;
 }
 
-/* ... or neither that nor another out of two. */
+/* Whether it makes no mapping, and cannot join two that are there. */
 static __always_inline bool joins_nothing(u64 call)
 {
 	return call == EXCEPTION || call == NO_CALL || call == 11 /* munmap */ || call == 56 || call == 57 ||

@@ -1,4 +1,4 @@
-/* SPDX-License-Identifier: GPL-2.0 */
+/* SPDX-License-Identifier: GPL-2.0-or-later */
 /*
  * What the BPF programs and the controller share. Widths are fixed and sizes asserted here and in
  * crtrace/track/dirty.py; change both together.

@@ -1,7 +1,7 @@
 """Find kernel headers for BCC.
 
-BCC wants a headers tree even for programs that touch no kernel struct. Ours touch none, so a tree
-of another kernel version serves where the running kernel's is not installed.
+BCC wants a headers tree even for programs that take no struct from it. Ours take only pt_regs,
+which is ABI, so a tree of another kernel version serves where the running kernel's is not there.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ import numpy as np
 from crtrace.errors import FeatureMissing
 from crtrace.linux import bpf
 from crtrace.linux.btf import Btf
+from crtrace.linux.libc import kernel_version
 from crtrace.track.bytecode import BpfMap, BpfProgram, Bytecode, cache_key, keep, recall
 from crtrace.track.headers import find_headers
 from crtrace.units import PAGE_SIZE, human_bytes
@@ -61,6 +62,8 @@ MIGRATIONS = ("set_migration_pte", "set_migration_pmd")
 """Raw tracepoints, from Linux 5.18 on, that this program can be attached to."""
 COVERING, COVERED = "fault_of_anybody", "handle_mm_fault"
 """The program that marks what others write, and the kernel's function at which it runs."""
+COVERING_NEEDS = "-DVMA_MM_OFFSET="
+"""The option for the compiler without which it is left out."""
 
 
 @dataclass(slots=True)
@@ -159,7 +162,7 @@ class Loading:
                         attachments.append(held(bpf.attach_tracepoint(program, category, event)))
             covered = [held(fd) for fd in self._cover(code, fds)]
             maps = {each.name: fd for each, fd in zip(code.maps, fds, strict=True)}
-            ring = bpf.Ring(maps["fresh"], RING_PAGES * PAGE_SIZE, KEY)
+            ring = bpf.Ring(maps["fresh"], RING_PAGES * PAGE_SIZE, KEY.itemsize // 8)
             undo.pop_all()
         resolver, migrating = loaded.pop(RESOLVER), loaded.pop(MIGRATING)
         for fd in loaded.values():
@@ -224,6 +227,8 @@ def _result_of(child: subprocess.Popen[bytes]) -> Bytecode:
         raise _failure(f"the compiler has not come to an end in {PATIENCE:.0f} s") from None
     if child.returncode or not data:
         raise _failure(_last_lines(errors.decode(errors="replace").strip()))
+    if errors:
+        log.debug("the compiler said: %s", errors.decode(errors="replace").strip())
     return Bytecode.unpack(data)
 
 
@@ -270,13 +275,14 @@ def _compile() -> Bytecode:
         raise SystemExit("no kernel headers found for BCC: run scripts/setup")
     if headers.path:
         os.environ["BCC_KERNEL_SOURCE"] = headers.path
-    types = kernel_types()
-    for known in (types, types[1:], [OLD_KERNEL]):
-        try:
-            return _compiled_with(known, headers.source)
-        except Exception as error:  # BCC raises nothing more special
-            failure = error  # where the kernel lets nobody read its memory, for one
-    raise failure
+    best = [OLD_KERNEL] if kernel_version() < (5, 12) else kernel_types()
+    try:
+        return _compiled_with(best, headers.source)
+    except Exception:  # BCC raises nothing more special
+        # Some kernels let nobody read their memory, which that program does.
+        if COVERING_NEEDS not in "".join(best):
+            raise
+        return _compiled_with(best[1:], headers.source)
 
 
 def _compiled_with(known: list[str], headers: str) -> Bytecode:
@@ -315,7 +321,7 @@ def kernel_types() -> list[str]:
     acquired = btf.tracepoint_arguments("mmap_lock_acquire_returned")
     if offset is None or not released or acquired != released + 1:
         return []
-    return [f"-DVMA_MM_OFFSET={offset}", f"-DLOCK_WRITE_ARG={released - 1}"]
+    return [f"{COVERING_NEEDS}{offset}", f"-DLOCK_WRITE_ARG={released - 1}"]
 
 
 def _map(name: str, table: Any) -> BpfMap:
@@ -333,7 +339,7 @@ def _programs(program: Any, fds: list[int], known: list[str]) -> list[BpfProgram
         RESOLVER: bpf.RAW_TRACEPOINT,
         MIGRATING: bpf.RAW_TRACEPOINT,
     }
-    if len(known) > 1:
+    if COVERING_NEEDS in "".join(known):
         kinds[COVERING] = bpf.KPROBE
     return [
         BpfProgram.of(name, kind, program.dump_func(name.encode()), fds)

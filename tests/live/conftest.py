@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from crtrace.errors import FeatureMissing
 from crtrace.linux.events import open_accounting
+from crtrace.linux.libc import kernel_version
 from crtrace.track.choose import VARIABLE
 from crtrace.track.dirty import Coverage, WrittenPages
 from crtrace.track.loader import Loading, Programs
@@ -52,27 +54,36 @@ def spawn() -> Iterator[Spawn]:
 @pytest.fixture(scope="session")
 def userfaultfd() -> None:
     """Skip what is only so where the kernel notes the first write to a page."""
-    _skip_unless(try_userfaultfd, "no write protection by userfaultfd (before Linux 6.7)")
+    expected = kernel_version() >= (6, 7)
+    _skip_unless(try_userfaultfd, "no write protection by userfaultfd (before Linux 6.7)", expected)
     _skip_unless_asked_for("userfaultfd")
 
 
 @pytest.fixture(scope="session")
 def soft_dirty() -> None:
     """Skip what needs soft-dirty bits."""
-    _skip_unless(try_soft_dirty, "no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)")
+    # The kernel says of a new mapping that it is dirty, if it knows the word.
+    flags = re.findall("^VmFlags:.* sd( |$)", Path("/proc/self/smaps").read_text(), re.M)
+    expected = bool(flags) and kernel_version() >= (6, 1)
+    _skip_unless(try_soft_dirty, "no soft-dirty bits (CONFIG_MEM_SOFT_DIRTY)", expected)
     _skip_unless_asked_for("soft-dirty")
 
 
-def _skip_unless(try_on_ourselves: Callable[[], None], otherwise: str) -> None:
+def _skip_unless(try_on_ourselves: Callable[[], None], otherwise: str, expected: bool) -> None:
+    """What is ``expected`` of the kernel by other signs must work."""
     try:
         try_on_ourselves()
     except (OSError, FeatureMissing):
+        if expected:
+            raise
         pytest.skip(f"cannot run here: {otherwise}")
+    assert expected, "it works, but should not"
 
 
 def skip_unless_visits_are_told(marks: WrittenPages) -> None:
     """Skip what needs to know who takes the lock of an address space."""
     if marks.coverage is Coverage.ALONE:
+        assert kernel_version() < (5, 12)
         pytest.skip("cannot run here: nobody tells of visits by others (before Linux 5.12)")
 
 

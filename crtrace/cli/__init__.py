@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import signal
 import sys
 
 import click
@@ -54,7 +55,7 @@ def _run() -> int:
     except (click.Abort, KeyboardInterrupt):
         code = 130
     except BrokenPipeError:
-        pass  # whoever read us has seen enough
+        code = 128 + signal.SIGPIPE  # whoever read us has seen enough
     except Failure as failure:
         code = failure.code
     except Exception as error:

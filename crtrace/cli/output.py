@@ -46,8 +46,8 @@ def begun(fields: dict[str, Any], key: str) -> str:
 
 
 def note(text: str, **style: Any) -> None:
-    """A line for people, on stderr."""
-    click.echo(paint(text, sys.stderr, **style), err=True)
+    """A line for people, on stderr; names in it may be a target's choice."""
+    click.echo(paint(printable(text), sys.stderr, **style), err=True)
 
 
 def paint(text: str, stream: Any = None, **style: Any) -> str:
@@ -61,12 +61,12 @@ def paint(text: str, stream: Any = None, **style: Any) -> str:
 def explain(error: Exception) -> int:
     """Say on stderr what went wrong and what to do about it; the exit code."""
     if isinstance(error, CrtraceError):
-        note(f"crtrace: {printable(str(error))}", fg="red")
+        note(f"crtrace: {error}", fg="red")
         if error.hint:
-            note(f"         {printable(error.hint)}")
+            note(f"         {error.hint}")
         return error.exit_code
     if isinstance(error, OSError):
-        note(f"crtrace: {printable(str(error))}", fg="red")
+        note(f"crtrace: {error}", fg="red")
         return 1
     if isinstance(error, MemoryError):
         note("crtrace: out of memory; committed epochs are whole", fg="red")

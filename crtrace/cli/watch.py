@@ -9,7 +9,17 @@ from typing import Any
 import click
 
 from crtrace.cli.options import MAX_PID, FiniteRange
-from crtrace.cli.output import LOSSES, Bar, Failure, emit, json_option, milliseconds, note, paint
+from crtrace.cli.output import (
+    LOSSES,
+    Bar,
+    Failure,
+    emit,
+    json_option,
+    milliseconds,
+    note,
+    paint,
+    printable,
+)
 from crtrace.units import PAGE_SIZE, Pid, human_bytes
 
 
@@ -61,15 +71,19 @@ def watch(
                 if not session.heals:
                     note("its code or a shadow stack forbids the safest way to attach: had crtrace")
                     note("been killed in that moment, the target would have been lost")
+                delayed = ""
                 for event in watched.run():
                     bar.clear()
                     say(event)
+                    delayed = event.get("reason", delayed)
         except StopNow as stop:
             bar.clear()
             note("stopped at once; the committed epochs are whole")
             raise Failure(128 + stop.signum) from None
-    if not watched.taken:
+    if not watched.taken and event["event"] == "exit":
         raise TargetGone(f"process {pid} exited before its first epoch was complete")
+    if not watched.taken:
+        note(f"no epoch was written: {delayed}", fg="yellow")
     tell_losses(watched.losses, watched.limits, path)
 
 
@@ -88,11 +102,13 @@ def _print_event(event: dict[str, Any]) -> None:
     if kind == "checkpoint":
         click.echo(describe(event))
     elif kind == "exec":
-        click.echo(f"{event['pid']} runs a new program now: {event['comm']}")
+        click.echo(f"{event['pid']} runs a new program now: {printable(event['comm'])}")
     elif kind == "delayed":
         note(f"epoch delayed: {event['reason']}", fg="yellow")
+        if event["hint"]:
+            note(f"               {event['hint']}")
     elif kind == "fork":
-        click.echo(f"{event['pid']} ({event['comm']}) is new")
+        click.echo(f"{event['pid']} ({printable(event['comm'])}) is new")
     elif kind == "exit":
         status = "" if event["status"] is None else f" with status {event['status']}"
         click.echo(f"{event['pid']} exited{status} after {event['epochs']} epochs")

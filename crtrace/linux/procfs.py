@@ -146,7 +146,6 @@ class Stat(NamedTuple):
     startcode: int
     endcode: int
     startstack: int
-    exit_signal: int
     start_data: int
     end_data: int
     start_brk: int
@@ -157,7 +156,7 @@ class Stat(NamedTuple):
     exit_code: int
 
 
-_STAT_NUMBERS = itemgetter(3, 4, 5, 6, 8, 21, 25, 26, 27, 37, *range(44, 52))
+_STAT_NUMBERS = itemgetter(3, 4, 5, 6, 8, 21, 25, 26, 27, *range(44, 52))
 
 
 def parse_stat(raw: str) -> Stat:
@@ -184,7 +183,7 @@ def parse_status(raw: str) -> dict[str, str]:
 def thread_status(pid: Pid, tid: Pid) -> dict[str, str]:
     """The status of one thread; empty when it is gone."""
     try:
-        with open(f"/proc/{pid}/task/{tid}/status") as file:
+        with open(f"/proc/{pid}/task/{tid}/status", errors="replace") as file:
             return parse_status(file.read())
     except OSError:
         return {}
@@ -202,7 +201,7 @@ def thread_stat(pid: Pid, tid: Pid) -> Stat | None:
 def comm_of(pid: Pid) -> str:
     """The short name of a process, for messages."""
     try:
-        with open(f"/proc/{pid}/comm") as file:
+        with open(f"/proc/{pid}/comm", errors="replace") as file:
             return file.read().strip()
     except OSError:
         return "gone"

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from crtrace.capture.pipeline import Fill, Job, Pipeline
-from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bytes, count_pages, expand
+from crtrace.units import CHUNK_PAGES, PAGE_SIZE, U64, Bytes, count_pages, expand, to_ranges
 
 Failures = list[tuple[int, int]]
 
@@ -24,6 +24,9 @@ class Copied:
 
 def chunks(ranges: U64) -> Iterator[U64]:
     """A range array cut into range arrays of ``CHUNK_PAGES`` each; the last may have fewer."""
+    if 0 < count_pages(ranges) <= CHUNK_PAGES:
+        yield ranges
+        return
     ends = np.cumsum(ranges[:, 1] - ranges[:, 0])
     starts = ends - (ranges[:, 1] - ranges[:, 0])
     for at in range(0, int(ends[-1]) if len(ends) else 0, CHUNK_PAGES):
@@ -52,10 +55,11 @@ def copy_pages(
     unreadable: Failures = []
 
     def fill(part: U64, buffer: Bytes) -> Job:
-        failures, pages = read(part, buffer), expand(part)
-        good = _without(pages, buffer, failures) if failures else pages
-        unreadable.extend((int(pages[at]), errno) for at, errno in failures)
-        return Job(space, good, buffer, round)
+        if failures := read(part, buffer):
+            pages = expand(part)
+            unreadable.extend((int(pages[at]), errno) for at, errno in failures)
+            part = to_ranges(_without(pages, buffer, failures))
+        return Job(space, part, buffer, round)
 
     def fills() -> Iterator[Fill]:
         for part in chunks(ranges):

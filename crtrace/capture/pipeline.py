@@ -21,7 +21,7 @@ import numpy as np
 
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.linux.libc import lock_and_touch
-from crtrace.units import CHUNK_BYTES, PAGE_SIZE, U64, Bytes
+from crtrace.units import CHUNK_BYTES, PAGE_SIZE, U64, Bytes, expand
 
 BUFFERS = 20
 """2 MiB each: what a pause can copy without waiting for the writers is 40 MiB."""
@@ -29,10 +29,10 @@ BUFFERS = 20
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A filled buffer: the contents of ``pages``, one after another."""
+    """A filled buffer: the contents of the pages of a range array, one after another."""
 
     space: int
-    pages: U64
+    ranges: U64
     buffer: Bytes
     round: int
 
@@ -209,5 +209,6 @@ class Pipeline:
         image = self._image
         if image is None or self._error:
             return
-        data = job.buffer[: len(job.pages) * PAGE_SIZE].reshape(-1, PAGE_SIZE)
-        image.write_pages(job.space, job.pages, data, round=job.round)
+        pages = expand(job.ranges)
+        data = job.buffer[: len(pages) * PAGE_SIZE].reshape(-1, PAGE_SIZE)
+        image.write_pages(job.space, pages, data, round=job.round)

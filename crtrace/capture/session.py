@@ -52,7 +52,7 @@ SCRAPS = 64
 AT_ONCE = BUFFERS * CHUNK_PAGES // 2
 """Pages that can be collected without waiting for the writers, and leave room for the pause."""
 PAGES_PER_MS = 800
-"""Scattered pages copied in a millisecond: 1 µs each (DESIGN.md), and a reserve."""
+"""Scattered pages copied in a millisecond, with a reserve: one takes about 1 µs."""
 ATTEMPTS = 5
 """Times that an epoch is begun again because a process of the tree ended in the middle of it."""
 
@@ -89,7 +89,7 @@ class Session:
         self._progress = progress
         self._witness = witness
         self._most = max(1, int((max_pause_ms - 2) * PAGES_PER_MS))
-        """Pages that may be left for the pause at all."""
+        """Pages that a pause of that length can copy."""
         self._little = min(LITTLE, self._most)
         self._book = FileBook()
         self._looked_at: object = None
@@ -125,7 +125,7 @@ class Session:
 
     def program_changed(self) -> bool:
         """Whether the target has called ``execve`` since it was armed."""
-        return self.process.alive() and not self._tree.root.settled
+        return self.process.alive() and not self._tree.root.settled()
 
     def checkpoint(
         self, reason: str = "", *, full: bool = False
@@ -223,7 +223,7 @@ class Session:
         The last rounds are only collected, not yet compressed: they last as long as copying takes,
         so that the targets can write little meanwhile.
         """
-        while (left := self._left(work)) > AT_ONCE and work.converging(left):
+        while (left := self._left(work)) > self._bearable() and work.converging(left):
             self._precopy_round(work, image)
         self._pipeline.hold()
         if self._must_stand_still():
@@ -244,7 +244,11 @@ class Session:
     def _little_enough(self) -> int:
         """Pages that may as well be left for the pause."""
         # Where a scan takes a stop of its own, that may be a little more.
-        return min(AT_ONCE, self._most) if self._must_stand_still() else self._little
+        return self._bearable() if self._must_stand_still() else self._little
+
+    def _bearable(self) -> int:
+        """Pages that may be left at all."""
+        return min(AT_ONCE, self._most)
 
     def _precopy_round(self, work: Work, image: ImageWriter) -> None:
         """Copy and compress what is written now."""
@@ -419,9 +423,10 @@ class Session:
                 self._witness(self.processes)
             work.resuming_at = time.monotonic()
         work.resumed_at = stopped.resumed_at
+        work.processes, work.limits = len(self._tree.members), self._tree.limits()
         for target in self._tree.targets():
             part = work.parts[target.space]
-            part.gone = subtract(part.gone, target.map.vdso)
+            part.gone = subtract(part.last.gone, target.map.vdso)
             if target.fresh and part.rounds == 1:
                 self._inherit(image, target)
         work.overflowed = self._pipeline.release()
@@ -442,7 +447,9 @@ class Session:
         self._marks.switch()
         for target in targets:
             target.paused(self._tree.tgids(target))
-        self._count(work)
+        for member in self._tree.members:
+            before, member.counted = member.counted, self._tree.counts(member)
+            work.count(before, member.counted)
         began = time.monotonic()
         for each in objects:
             if each.space not in work.steady or work.steady[each.space] != each.still():
@@ -466,19 +473,13 @@ class Session:
 
     def _scan(self, work: Work, target: Target, part: Part) -> None:
         scan, again = self._found(target, part, stopped=True)
-        part.bounded, part.gone = scan.bounded, scan.gone
-        again = merge(scan.written, again, target.pinned(lambda: part.scanned))
-        residual = subtract(again, part.gone)
+        part.last = scan
+        residual, again = scan.written, merge(again, target.pinned(lambda: part.scanned))
+        if len(again):
+            residual = merge(residual, subtract(again, scan.gone))
         if part.whole and not part.rounds:
             residual = merge(residual, target.map.vdso)
         work.residual += self._copy(target, part, residual, lambda pages: None)
-
-    def _count(self, work: Work) -> None:
-        work.processes = len(self._tree.members)
-        work.limits = self._tree.limits()
-        for member in self._tree.members:
-            before, member.counted = member.counted, self._tree.counts(member)
-            work.count(before, member.counted)
 
     # ---- after the pause -----------------------------------------------------------------------
 
@@ -486,7 +487,7 @@ class Session:
         """Where the pause's scan was bounded, look whether that was right."""
         for target in self._tree.targets():
             part = work.parts[target.space]
-            if part.bounded:
+            if part.last.bounded:
                 with suppress(TargetGone):
                     tgids = self._tree.tgids(target)
                     part.late = target.look_back(tgids, part.gone, self._beside)

@@ -40,13 +40,14 @@ class Snapshot:
 
     @classmethod
     def take(cls, member: Member, threads: list[Tracee]) -> Snapshot:
-        """Read registers and signals of stopped threads, and what else changes all the time."""
+        """Read registers and signals of stopped threads."""
         pid = member.process.pid
         threads = sorted(threads, key=lambda tracee: (tracee.tid != pid, tracee.tid))
         for tracee in threads:
             tracee.capture()
+        assert member.stat  # read since it was stopped, to see that it is settled
         return cls(
-            member, member.target, member.process.stat(), member.target.map.vmas, threads,
+            member, member.target, member.stat, member.target.map.vmas, threads,
             threads[0].read_pending(shared=True),
         )  # fmt: skip
 
@@ -262,8 +263,8 @@ def _mm(snapshot: Snapshot, book: FileBook) -> Mm:
 def _thread(process: Process, tracee: Tracee, snapshot: Snapshot) -> Thread:
     name = f"task/{tracee.tid}"
     comm = _or_empty(lambda: process.read(f"{name}/comm")).decode(errors="replace").strip()
-    status = parse_status(_or_empty(lambda: process.read(f"{name}/status")).decode())
-    inner = int(status.get("NSpid", str(tracee.tid)).split()[-1])
+    status = _or_empty(lambda: process.read(f"{name}/status")).decode(errors="replace")
+    inner = int(parse_status(status).get("NSpid", str(tracee.tid)).split()[-1])
     registers = Registers(tracee.prstatus)
     shared = snapshot.shared_pending if tracee.tid == process.pid else 0
     return Thread(

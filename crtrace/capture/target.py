@@ -13,7 +13,7 @@ from crtrace.linux.addrspace import AddressSpace, filled_by_reads
 from crtrace.linux.memory import MemoryReader
 from crtrace.linux.pagemap import scanner
 from crtrace.linux.pins import Pins
-from crtrace.linux.procfs import Process
+from crtrace.linux.procfs import Process, Stat
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.armer import Armer, How, Scan, Told
@@ -56,7 +56,7 @@ class Target:
         try:
             self._pagemap = process.open("pagemap")
             self.scanner = scanner(self._pagemap, self.map)
-            self._landmark = _landmark(process)
+            self._landmark = _landmark(_stat_of_living(process))
         except BaseException:
             self.close()
             raise
@@ -98,15 +98,17 @@ class Target:
 
     def lives(self) -> bool:
         """Whether its process still runs in this address space."""
-        return self.holds(self.process)
+        return self.holds(self.process) is not None
 
-    def holds(self, process: Process) -> bool:
-        """Whether a process that has been in this address space still is."""
+    def holds(self, process: Process) -> Stat | None:
+        """What a process that has been in this address space and still is says of itself now; None
+        if it is not."""
         try:
-            same = _landmark(process) == self._landmark
+            stat = _stat_of_living(process)
         except TargetGone:
-            return False
-        return same and self.reader.same_program(self._landmark[0])
+            return None
+        same = _landmark(stat) == self._landmark and self.reader.same_program(stat.startcode)
+        return stat if same else None
 
     # ---- its map, and scans --------------------------------------------------------------------
 
@@ -247,12 +249,16 @@ class Target:
         return merge(fixed, self.recent, scanned() if self.pins.direct else no_pages())
 
 
-def _landmark(process: Process) -> tuple[int, int]:
-    """Addresses that an ``execve`` changes. The address space alone does not tell: a process that
-    shares it may keep it alive."""
+def _stat_of_living(process: Process) -> Stat:
     stat = process.stat()
     if stat.state in "ZX":
         raise TargetGone(f"process {process.pid} has exited")
+    return stat
+
+
+def _landmark(stat: Stat) -> tuple[int, int]:
+    """Addresses that an ``execve`` changes. The address space alone does not tell: a process that
+    shares it may keep it alive."""
     return stat.startcode, stat.startstack
 
 

@@ -18,7 +18,7 @@ from crtrace.errors import AlreadyTraced, CrtraceError, NotPermitted, TargetGone
 from crtrace.image.records import Task
 from crtrace.linux.events import in_initial_pid_namespace
 from crtrace.linux.libc import same_memory
-from crtrace.linux.procfs import Process, parents, refuse_unsuitable
+from crtrace.linux.procfs import Process, Stat, parents, refuse_unsuitable
 from crtrace.linux.stop import (
     PATIENCE,
     StoppedProcess,
@@ -51,16 +51,18 @@ class Member:
     """What the last committed epoch says of it."""
     status: int | None = None
     """Its wait status, once it has ended and that is known."""
+    stat: Stat | None = None
+    """What it said of itself when it was last seen to be settled."""
 
     @property
     def sharing(self) -> bool:
         """Whether its address space is another member's too, and watched through that one."""
         return self.process is not self.target.process
 
-    @property
     def settled(self) -> bool:
-        """Whether it still runs in the address space of ``target``."""
-        return self.target.lives() and (not self.sharing or self.target.holds(self.process))
+        """Whether it still runs in the address space of ``target``; then ``stat`` is of now."""
+        self.stat = self.target.holds(self.process)
+        return self.stat is not None and (not self.sharing or self.target.lives())
 
 
 class Tree:
@@ -293,7 +295,7 @@ class Tree:
 
     def moved(self) -> list[Member]:
         """Members that do not run in the address space of their ``target`` any more."""
-        return [member for member in self.members if not member.settled]
+        return [member for member in self.members if not member.settled()]
 
     def _resettle(self, member: Member) -> None:
         """A member runs a new program, or the one that it shared its address space with is gone."""

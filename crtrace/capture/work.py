@@ -16,6 +16,7 @@ from crtrace.track.dirty import Counts
 from crtrace.units import U64, contains, count_pages, merge, no_pages, subtract, to_ranges
 
 MAX_ROUNDS = 12
+NOTHING_FOUND = Scan(no_pages(), no_pages, no_pages())
 
 
 @dataclass(slots=True)
@@ -31,7 +32,10 @@ class Part:
     fresh: bool = False
     """It is the first epoch of this address space."""
     rounds: int = 0
+    last: Scan = NOTHING_FOUND
+    """That of the pause."""
     gone: U64 = field(default_factory=no_pages)
+    """Where the target had nothing then."""
     marked: U64 = field(default_factory=lambda: np.empty(0, dtype=np.uint64))
     """Written page numbers as BPF saw them."""
     unarmed: U64 = field(default_factory=no_pages)
@@ -40,10 +44,8 @@ class Part:
     """What was not armed since the last epoch found it."""
     suspect: U64 = field(default_factory=no_pages)
     """What the last scan found while somebody else was in that memory: to be read again."""
-    bounded: bool = False
-    """The scan in the pause looked only where something was marked."""
     late: int = 0
-    """Pages that turned out afterwards to have changed without that."""
+    """Pages that turned out after a bounded scan to have changed without a mark."""
     failed: Failures = field(default_factory=list)
     _scanned: list[U64] = field(default_factory=list)
     """As the scans had it: the pause has no time to join it."""
@@ -192,7 +194,7 @@ class Work:
             "pages_residual": self.residual,
             "pages_unarmed": sum(count_pages(part.unarmed) for part in self.parts.values()),
             "pages_late": sum(part.late for part in self.parts.values()),
-            "scans_bounded": sum(part.bounded for part in self.parts.values()),
+            "scans_bounded": sum(part.last.bounded for part in self.parts.values()),
             "pages_compared": self.pages_compared,
             "map_changes": self.map_changes,
             "waits_given_back": self.waits_given_back,

@@ -9,7 +9,6 @@ import mmap
 import os
 import struct
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from crtrace.linux.libc import (
     syscall,
     words,
 )
-from crtrace.units import PAGE_SIZE
+from crtrace.units import PAGE_SIZE, U64
 
 _MAP_CREATE, _LOOKUP, _UPDATE, _DELETE, _, _PROG_LOAD = range(6)
 _OBJ_GET_INFO, _RAW_TRACEPOINT_OPEN, _LOOKUP_BATCH, _LOOKUP_AND_DELETE_BATCH = 15, 17, 24, 25
@@ -36,7 +35,7 @@ RINGBUF = 27
 _PERF_TYPE_TRACEPOINT, _PERF_FD_CLOEXEC = 2, 8
 _PERF_SET_BPF, _PERF_ENABLE = 0x40042408, 0x2400
 _KPROBE_TYPE = Path("/sys/bus/event_source/devices/kprobe/type")
-_RUN_TIME, _MISSES = 192, 208
+_MISSES = 208
 """Where ``struct bpf_prog_info`` has them."""
 _TRACEFS = ("/sys/kernel/tracing", "/sys/kernel/debug/tracing")
 
@@ -123,28 +122,19 @@ def _attach_to_event(program: int, attr: bytes) -> int:
     return fd
 
 
-@dataclass(frozen=True, slots=True)
-class Runs:
-    """How often a program ran and for how many nanoseconds, where the kernel counts that
-    (``kernel.bpf_stats_enabled``); and how often it should have run and did not, since another one
-    was running on that processor (counted since Linux 6.7)."""
-
-    nanoseconds: int
-    count: int
-    missed: int
-
-
 def misses_are_counted() -> bool:
-    """Whether ``missed`` says anything of programs at kprobes: only a kernel's version tells."""
+    """Whether :func:`missed` says anything of programs at kprobes: only a version tells."""
     return kernel_version() >= (6, 7)
 
 
-def runs(program: int) -> Runs:
-    """What the kernel has counted of a program."""
+def missed(program: int) -> int:
+    """How often a program should have run and did not, since another one was running on that
+    processor, where that is counted."""
     info = bytearray(_MISSES + 8)
     where = (ctypes.c_char * len(info)).from_buffer(info)
     _call(_OBJ_GET_INFO, struct.pack("<IIQ", program, len(info), ctypes.addressof(where)))
-    return Runs(*struct.unpack_from("<QQQ", info, _RUN_TIME))
+    count: int = struct.unpack_from("<Q", info, _MISSES)[0]
+    return count
 
 
 def _tracepoint_number(category: str, name: str) -> int:
@@ -221,17 +211,16 @@ class Elements:
 
 
 class Ring:
-    """Reads a ring buffer whose records are all of one type, without a system call.
+    """Reads a ring buffer whose records all have as many 64-bit words, without a system call.
 
-    ``size`` is that of its data in bytes, ``record`` the type of a record.
+    ``size`` is that of its data in bytes, ``words`` how many a record has.
     """
 
-    _BUSY = np.uint32(1 << 31)
+    _BUSY = np.uint64(1 << 31)
 
-    def __init__(self, fd: int, size: int, record: npt.DTypeLike) -> None:
-        self._entry = np.dtype([("state", "<u4"), ("page", "<u4"), ("record", record)])
-        assert self._entry.itemsize % 8 == 0
-        self._nothing: Array = np.empty(0, dtype=record)
+    def __init__(self, fd: int, size: int, words: int) -> None:
+        self._words = 1 + words  # the first one is the kernel's
+        self._nothing: U64 = np.empty((0, words), dtype=np.uint64)
         self._size = size
         own = mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         # The kernel maps the data twice, one behind the other, so that no record is ever split.
@@ -241,25 +230,26 @@ class Ring:
         self._mapped = [own, theirs]
         self._consumer = np.frombuffer(own, dtype=np.uint64, count=1)
         self._producer = np.frombuffer(theirs, dtype=np.uint64, count=1)
-        self._data = np.frombuffer(theirs, dtype=np.uint8, offset=PAGE_SIZE)
+        self._data = np.frombuffer(theirs, dtype=np.uint64, offset=PAGE_SIZE)
 
     def close(self) -> None:
         """Let go of the ring, which nobody reads any more; it may be called twice."""
         self._consumer = self._producer = np.zeros(1, dtype=np.uint64)
-        self._data = np.zeros(0, dtype=np.uint8)
+        self._data = np.zeros(0, dtype=np.uint64)
         for each in self._mapped:
             each.close()
         self._mapped = []
 
-    def take(self) -> Array:
-        """The records that are complete, oldest first, up to one that is still being written."""
+    def take(self) -> U64:
+        """The records, ``(n, words)``, that are complete, oldest first, up to one that is still
+        being written."""
         at, end = int(self._consumer[0]), int(self._producer[0])
         if at == end:
             return self._nothing
-        first = at % self._size
-        entries = self._data[first : first + end - at].view(self._entry)
-        busy = np.flatnonzero(entries["state"] & self._BUSY)
+        first = at % self._size // 8
+        entries = self._data[first : first + (end - at) // 8].reshape(-1, self._words)
+        busy = np.flatnonzero(entries[:, 0] & self._BUSY)
         ready = entries[: busy[0]] if len(busy) else entries
-        records: Array = ready["record"].copy()
-        self._consumer[0] = at + len(ready) * self._entry.itemsize
+        records: U64 = ready[:, 1:].copy()
+        self._consumer[0] = at + ready.nbytes
         return records

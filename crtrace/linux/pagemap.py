@@ -115,12 +115,14 @@ class KernelScanner:
             exclude | want.inverted, want.need | exclude, want.any_of, report & self._known,
         )  # fmt: skip
         windows = EVERYTHING if within is None else within
-        parts = [self._vector[:0]]
+        parts: list[U64] = []
         for at, end in (windows << np.uint64(PAGE_SHIFT)).tolist():
             done = at
             while done < end:
                 done = self._scan_some(done, end, conditions, arm, parts)
-        found = np.concatenate(parts)
+        if not parts:
+            return no_pages(), np.empty(0, dtype=np.uint64)
+        found = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return found[:, :2] >> np.uint64(PAGE_SHIFT), found[:, 2]
 
     def _scan_some(
@@ -140,7 +142,8 @@ class KernelScanner:
             if error.errno not in (errno.ESRCH, errno.ENOTTY):
                 raise
             raise TargetGone("the address space that was scanned is gone") from error
-        parts.append(self._vector[:count].copy())
+        if count:
+            parts.append(self._vector[:count].copy())
         walked: int = _ARG.unpack(arg)[4]
         if walked <= start:
             raise OSError(errno.EIO, f"PAGEMAP_SCAN does not get beyond {start:#x}")

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from crtrace.errors import AlreadyTraced, NotPermitted, TargetBusy, TargetGone
 from crtrace.faults import pausing, point
@@ -22,12 +22,13 @@ from crtrace.linux.ptrace import (
     DETACH,
     EVENT_STOP,
     INTERRUPT,
+    NT_PRSTATUS,
     SEIZE,
     WALL,
     XSTATE_MAX,
     Tracee,
 )
-from crtrace.linux.registers import Registers
+from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.linux.waits import cut_short, started_again
 from crtrace.units import Pid
 
@@ -140,8 +141,11 @@ class StoppedProcess:
         """Begin a wait again that our stop has ended."""
         self.waits_given_back += _give_back_wait(self.process.pid, tracee)
 
-    def let_go(self, tid: Pid) -> None:
-        """Detach from a thread, if it has stopped."""
+    def let_all_go(self) -> None:
+        """Detach from all threads that have stopped."""
+        all_of(self._let_go, list(self.tracees))
+
+    def _let_go(self, tid: Pid) -> None:
         if _detach(tid):
             del self.tracees[tid]
 
@@ -193,11 +197,24 @@ def release_all(processes: Iterable[StoppedProcess]) -> None:
         for each in processes:
             steps.callback(twice, each.let_rest_go)
         for each in processes:
-            for tid in each.tracees:
-                steps.callback(twice, each.let_go, tid)
+            steps.callback(twice, each.let_all_go)
         for each in processes:
-            for tracee in each.tracees.values():
-                steps.callback(twice, each.restart_wait, tracee)
+            steps.callback(all_of, each.restart_wait, each.tracees.values())
+
+
+def all_of(step: Callable[[Any], object], items: Iterable[Any]) -> None:
+    """Take a step of clearing up for each, twice should it fail, and then raise the first failure.
+
+    An entry in an ``ExitStack`` for each would take longer than the step.
+    """
+    failure = None
+    for item in items:
+        try:
+            twice(step, item)
+        except BaseException as error:
+            failure = failure or error
+    if failure:
+        raise failure
 
 
 def twice(step: Callable[..., object], *args: object) -> None:
@@ -355,14 +372,14 @@ def _give_back_wait(pid: Pid, tracee: Tracee) -> bool:
     """Rewind a wait that our stop ended, unless a signal of its own is there to end it."""
     try:
         # What a pause has read of it holds as long as that lasts.
-        registers = Registers(tracee.prstatus) if tracee.prstatus else tracee.registers()
-        if not cut_short(registers):
+        state = tracee.prstatus or tracee.read_regset(NT_PRSTATUS, REGS_SIZE)
+        if not cut_short(state):
             return False
         status = thread_status(pid, tracee.tid)
         pending = int(status.get("SigPnd", "0"), 16) | int(status.get("ShdPnd", "0"), 16)
         if pending & ~int(status.get("SigBlk", "0"), 16):
             return False
-        tracee.set_registers(started_again(registers))
+        tracee.set_registers(started_again(Registers(state)))
     except ProcessLookupError:
         return False  # it died, or has not reached its stop
     return True

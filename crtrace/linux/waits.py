@@ -8,6 +8,7 @@ for no reason of its own must start those again.
 from __future__ import annotations
 
 import errno
+import struct
 from collections.abc import Iterable
 
 import numpy as np
@@ -24,9 +25,15 @@ NEVER_RESTARTED = {
 """By number. The socket calls are here for those with SO_RCVTIMEO or SO_SNDTIMEO."""
 
 
-def cut_short(registers: Registers) -> bool:
-    """Whether a stopped thread is about to return EINTR from a wait that is never restarted."""
-    return registers.signed("rax") == -errno.EINTR and registers["orig_rax"] in NEVER_RESTARTED
+_RESULT_AND_CALL = struct.Struct("<80xq32xQ")
+"""``rax`` and ``orig_rax`` in the general registers."""
+
+
+def cut_short(state: bytes) -> bool:
+    """Whether a stopped thread, whose general registers these are, is about to return EINTR from a
+    wait that is never restarted."""
+    result, call = _RESULT_AND_CALL.unpack_from(state)
+    return result == -errno.EINTR and call in NEVER_RESTARTED
 
 
 def started_again(registers: Registers) -> Registers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Protocol
 
 from crtrace.linux.addrspace import AddressSpace
@@ -49,22 +50,28 @@ class How:
     told: Told = Told()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Scan:
     """What a scan found of the private memory of a process, as disjoint page ranges."""
 
     written: U64
     """Pages with contents of their own that may differ from when the last scan returned: never too
     few. Some may turn out unchanged, or zeros."""
-    gone: U64
-    """Where no page has contents of its own: not mapped privately, never written, discarded, or of
-    a mapped file. To be trusted only if the target was stopped."""
+    find_gone: Callable[[], U64]
+    """To be called before the next scan, if at all."""
     unarmed: U64
     """Those among ``written`` that cannot be armed, so they are read every time."""
     left: U64 = field(default_factory=no_pages)
     """Those that have not been armed since the last scan found them, too."""
     bounded: bool = False
     """It looked only within the bounds that were given."""
+
+    @cached_property
+    def gone(self) -> U64:
+        """Where no page had contents of its own: not mapped privately, never written, discarded, or
+        of a mapped file. To be trusted only if the target was stopped. To work it out when it is
+        first asked for can wait until the pause is over."""
+        return self.find_gone()
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,7 @@ class CompareArmer:
     def scan(self, space: AddressSpace, how: How) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Nothing is armed, so all is read in the pause."""
         own = intersect(self.everything(), space.private)
-        return Scan(own, subtract(EVERYTHING, own), own)
+        return Scan(own, lambda: subtract(EVERYTHING, own), own)
 
     def written_now(self) -> None:
         """See :class:`crtrace.track.armer.Armer`: nobody knows better."""

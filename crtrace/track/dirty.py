@@ -23,7 +23,7 @@ from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.loader import KEY, MIGRATIONS, TARGETS, Programs
-from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, distinct, no_pages, to_ranges
+from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, merge, no_pages, pairs
 
 log = logging.getLogger("crtrace")
 
@@ -148,9 +148,9 @@ class WrittenPages:
         self._covering = programs.covering
         self._numbers = itertools.count(NO_PROCESS)
         self._never = itertools.count(1)
-        self._heard: list[Array] = []
-        """Keys of the regions that were marked first since the last switch."""
-        self._heard_before: list[Array] = []
+        self._heard: list[U64] = []
+        """By whom and where regions were marked first since the last switch."""
+        self._heard_before: list[U64] = []
         """The same between the last two switches."""
         self._introduce_ourselves()
         self.coverage = self._covered(programs.locks)
@@ -377,7 +377,7 @@ class WrittenPages:
 
     def _missed(self) -> int:
         """Faults at which the program that marks the writes of others could not run."""
-        return bpf.runs(self._covering).missed if self.spares_plain else 0
+        return bpf.missed(self._covering) if self.spares_plain else 0
 
     def regions(self, tgids: Iterable[int], *, before: bool = False) -> U64:
         """Page ranges of the regions marked since the last :meth:`switch`; with ``before``, since
@@ -386,12 +386,10 @@ class WrittenPages:
         heard = [*self._heard, *(self._heard_before if before else ())]
         if not heard:
             return no_pages()
-        marked_by, region = (
-            np.concatenate([k[name] for k in heard]) for name in ("tgid", "region")
-        )
+        marked_by, region = np.concatenate(heard).T
         ours = np.logical_or.reduce([marked_by == tgid for tgid in tgids])
-        regions: U64 = to_ranges(distinct(region[ours])) * np.uint64(REGION_PAGES)
-        return regions
+        first = region[ours] * np.uint64(REGION_PAGES)
+        return merge(pairs(first, first + np.uint64(REGION_PAGES)))
 
     def _hear(self) -> None:
         if len(keys := self._ring.take()):
@@ -404,7 +402,7 @@ class WrittenPages:
         following = self._generation ^ 1
         if not self._drained:  # what is in the map already would not be told again
             self._left.append(self._written[following].take())
-        bpf.update(self._maps["generation"], _u32(0), _u32(following))
+        bpf.update(self._maps["generation"], _GENERATIONS[0], _GENERATIONS[following])
         self._generation = following
         self._drained = False
 
@@ -464,6 +462,9 @@ def decode(regions: U64, words: U64) -> U64:
     row, column = np.nonzero(bits)
     first = regions[region] * np.uint64(REGION_PAGES) + word.astype(np.uint64) * np.uint64(64)
     return first[row] + column.astype(np.uint64)
+
+
+_GENERATIONS = np.array([[0], [1]], dtype=np.uint32)
 
 
 def _u32(value: int) -> npt.NDArray[np.uint32]:

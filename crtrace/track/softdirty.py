@@ -104,6 +104,10 @@ class Bits:
         dirty = intersect(merge(self.dirty, there.dirty), own)
         return Bits(own, dirty, now(self.away, there.away), now(self.zeros, there.zeros))
 
+    def nothing(self) -> U64:
+        """Where there are no own pages."""
+        return subtract(EVERYTHING, self.own)
+
 
 class SoftDirtyArmer:
     """Arms one process. Nothing of it is in the target, so nothing has to be taken back: a page
@@ -178,7 +182,7 @@ class SoftDirtyArmer:
         written = intersect(bits.own, merge(bits.dirty, self._moving, unlike))
         unarmed, left = intersect(bits.own, unlike), self._left
         self._left = merge(left, subtract(written, unlike))
-        return Scan(written, subtract(EVERYTHING, bits.own), unarmed, left, bounded=True)
+        return Scan(written, bits.nothing, unarmed, left, bounded=True)
 
     def _windows(self, space: AddressSpace, how: How) -> U64 | None:
         """Where to look, given the bounds; None: everywhere, and take the bits off.
@@ -219,7 +223,7 @@ class SoftDirtyArmer:
         self._plant(space, subtract(bits.own, merge(space.hugetlb, bits.zeros)))
         # Who sets out meanwhile may arrive writable, and without a bit.
         self._doubtful = how.told.migrated() != migrated
-        return Scan(written, subtract(EVERYTHING, bits.own), unarmed, left)
+        return Scan(written, bits.nothing, unarmed, left)
 
     def _unlike(self, told: Told) -> tuple[bool, bool]:
         """Whether, since the last scan, pages may have been replaced; and mappings joined that were

@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import nullcontext
+from functools import cache
 from typing import TypeVar
 
 import numpy as np
@@ -113,6 +114,8 @@ class UserfaultfdArmer:
         self._doubtful = False
         self._absent = no_pages()
         """Where page tables had nothing but the zero page, as far as was looked since."""
+        self._sorted: Callable[[], object] = no_pages
+        """Brings that, and what is swapped out, up to the last scan."""
         self._moving = no_pages()
         """Found written while the kernel moved them to other memory, perhaps: they are not armed
         when they arrive."""
@@ -177,23 +180,35 @@ class UserfaultfdArmer:
 
     def scan(self, space: AddressSpace, how: How) -> Scan:
         """See :class:`crtrace.track.armer.Armer`. Newer VMAs are registered on the way."""
+        self._sorted()
         fresh, _ = self._scanner.scan(UNPROTECTED)
         unarmed = self._adopt(space, fresh, how.stopped) if len(fresh) else fresh
         self._unprotected = fresh if how.within is None else merge(fresh, self._unprotected)
         windows = self._windows(space, how)
         if self._uncleared:
             self._clear_marks(space, how.stopped)
-        written, absent, markers = self._look_through(space, windows, how.beside)
+        written, nothing = self._look_through(windows, how.beside)
         of_files, zeros = self._of_files(space)
-        # Who does not stand still may have filled a page between the two walks.
-        self._absent = subtract(absent, written)
-        gone = merge(space.not_private, subtract(self._absent, zeros), of_files)
-        if windows is None and not how.stopped:
-            present = count_pages(subtract(space.private, absent))
+        found = merge(subtract(written, of_files), fresh, _markers(space, *nothing), zeros)
+        beyond = space.not_private
+
+        @cache
+        def absent() -> U64:
+            # Who does not stand still may have filled a page between the two walks.
+            self._absent = subtract(self._sort_out(windows, *nothing), written)
+            return self._absent
+
+        self._sorted = absent
+        if not how.stopped:
+            present = count_pages(subtract(space.private, absent()))
             self._effort = effort(present, len(space.vmas))
-        found = merge(subtract(written, of_files), fresh, markers, zeros)
         self._doubtful = False
-        return Scan(found, gone, unarmed, bounded=windows is not None)
+        return Scan(
+            found,
+            lambda: merge(beyond, subtract(absent(), zeros), of_files),
+            unarmed,
+            bounded=windows is not None,
+        )
 
     def written_now(self) -> None:
         """See :class:`crtrace.track.armer.Armer`: a fault for each page."""
@@ -216,18 +231,17 @@ class UserfaultfdArmer:
         return worth_while(within, self._effort, beside=how.beside is not None)
 
     def _look_through(
-        self, space: AddressSpace, windows: U64 | None, beside: ThreadPoolExecutor | None
-    ) -> tuple[U64, U64, U64]:
-        """What was written, now armed again, what is absent, and markers."""
+        self, windows: U64 | None, beside: ThreadPoolExecutor | None
+    ) -> tuple[U64, tuple[U64, U64]]:
+        """What was written, now armed again; and ranges with nothing but the zero page or what is
+        swapped out, and their categories."""
         if beside and windows is None:
-            written, rest = _at_once(
-                beside, lambda: self._written(None), lambda: self._nothing(space, None)
-            )
-            return written, *rest
-        return self._written(windows), *self._nothing(space, windows)
+            return _at_once(beside, lambda: self._written(None), lambda: self._nothing(None))
+        return self._written(windows), self._nothing(windows)
 
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""
+        self._sorted()
         cut = middle(space.mapped)
         low = np.array([[0, cut]], dtype=np.uint64)
         high = np.array([[cut, EVERYTHING[0, 1]]], dtype=np.uint64)
@@ -241,7 +255,7 @@ class UserfaultfdArmer:
         written = _are(categories, pagemap.WRITTEN | pagemap.WPALLOWED, WRITTEN.exclude)
         written &= categories & np.uint64(WRITTEN.any_of) != 0  # what is not there counts, too
         nothing = ~_are(categories, pagemap.PRESENT, pagemap.PFNZERO)
-        absent, _ = self._sort_out(space, None, ranges[nothing], categories[nothing])
+        absent = self._sort_out(None, ranges[nothing], categories[nothing])
         found = subtract(merge(ranges[written]), self._moving)
         return Look(intersect(found, space.anonymous), intersect(absent, space.anonymous))
 
@@ -318,30 +332,19 @@ class UserfaultfdArmer:
     def _is_refused(self, vma: Vma) -> bool:
         return vma in self._refused
 
-    def _nothing(self, space: AddressSpace, windows: U64 | None) -> tuple[U64, U64]:
-        """Where page tables have nothing but the zero page; and what only looks swapped out."""
-        ranges, categories = self._second.scan(pagemap.NOTHING_THERE, windows)
-        return self._sort_out(space, windows, ranges, categories)
+    def _nothing(self, windows: U64 | None) -> tuple[U64, U64]:
+        return self._second.scan(pagemap.NOTHING_THERE, windows)
 
-    def _sort_out(
-        self, space: AddressSpace, windows: U64 | None, ranges: U64, categories: U64
-    ) -> tuple[U64, U64]:
-        """The same of what a scan in ``windows`` has found.
-
-        When an armed page of a file mapping is discarded, a marker that looks like a swapped-out
-        page keeps its protection. Such pages are read again, and turn out as what they are.
-        """
-        # A guard page looks swapped out too, and reads as nothing.
-        swapped = _are(categories, pagemap.SWAPPED, pagemap.GUARD)
-        markers = ranges[swapped & _are(categories, 0, pagemap.WRITTEN)]
-        if len(markers):
-            markers = intersect(markers, space.private_files)
+    def _sort_out(self, windows: U64 | None, ranges: U64, categories: U64) -> U64:
+        """Where page tables have nothing but the zero page, ``ranges`` being what a scan in
+        ``windows`` has found of that or swapped out."""
+        swapped = _swapped_out(categories)
         out, absent = merge(ranges[swapped]), merge(ranges[~swapped])
         if windows is not None:
             out = merge(subtract(self._swapped, windows), out)
             absent = merge(subtract(self._absent, windows), absent)
         self._swapped, self._absent = out, absent
-        return absent, markers
+        return absent
 
     def _of_files(self, space: AddressSpace) -> tuple[U64, U64]:
         """The parts of private file mappings whose contents are those of the file; and pages in
@@ -375,6 +378,20 @@ class UserfaultfdArmer:
             if fd >= 0:
                 os.close(fd)
                 setattr(self, name, -1)
+
+
+def _swapped_out(categories: U64) -> Bools:
+    # A guard page looks swapped out too, and reads as nothing.
+    return _are(categories, pagemap.SWAPPED, pagemap.GUARD)
+
+
+def _markers(space: AddressSpace, ranges: U64, categories: U64) -> U64:
+    """What only looks swapped out. When an armed page of a file mapping is discarded, such a marker
+    keeps its protection. These pages are read again, and turn out as what they are."""
+    if not (categories & np.uint64(pagemap.SWAPPED)).any():
+        return no_pages()
+    markers = ranges[_swapped_out(categories) & _are(categories, 0, pagemap.WRITTEN)]
+    return intersect(markers, space.private_files)
 
 
 def _are(categories: U64, need: int, exclude: int) -> Bools:

@@ -19,7 +19,7 @@ from crtrace.linux.waits import cut_short, started_again
 from crtrace.track.armer import Scan
 from crtrace.track.dirty import decode
 from crtrace.track.windows import middle
-from crtrace.units import CHUNK_PAGES, U64, expand, merge, to_ranges
+from crtrace.units import CHUNK_PAGES, U64, expand, merge, no_pages, to_ranges
 
 page_sets = st.sets(st.integers(0, 5000), max_size=1500)
 
@@ -109,7 +109,7 @@ def test_only_waits_that_are_never_restarted_are_given_back(
     rax: int, number: int, expected: bool
 ) -> None:
     stopped = registers(rax=rax, orig_rax=number, rip=0x1002)
-    assert cut_short(stopped) is expected
+    assert cut_short(stopped.pack()) is expected
     assert started_again(stopped)["rip"] == 0x1000
 
 
@@ -143,7 +143,7 @@ def test_pre_copy_goes_on_while_it_gains_and_stops_when_it_does_not() -> None:
 
 def scan_of(written: set[int], *, unarmed: Iterable[int] = (), left: Iterable[int] = ()) -> Scan:
     """What a scan found, as sets of pages."""
-    return Scan(ranges_of(written), ranges_of(set()), ranges_of(set(unarmed)), ranges_of(set(left)))
+    return Scan(ranges_of(written), no_pages, ranges_of(set(unarmed)), ranges_of(set(left)))
 
 
 def test_what_an_earlier_epoch_found_is_no_find_of_this_one() -> None:

@@ -47,7 +47,7 @@ def pipeline() -> Any:
 def numbered(number: int, buffer: Bytes) -> Job:
     """One page; its contents are its number."""
     buffer[:PAGE_SIZE] = number
-    return Job(1, np.array([number], dtype=np.uint64), buffer, 0)
+    return Job(1, np.array([[number, number + 1]], dtype=np.uint64), buffer, 0)
 
 
 def copy(pipeline: Pipeline, count: int) -> None:

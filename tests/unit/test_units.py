@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -40,15 +42,18 @@ def test_to_ranges_and_expand_are_inverse(base: int, pages: set[int]) -> None:
     assert units.count_pages(ranges) == len(pages)
 
 
+@pytest.mark.parametrize("few", [0, units.FEW])
 @pytest.mark.parametrize("base", [0, FAR])
 @given(a=PAGES, b=PAGES)
-def test_set_operations(base: int, a: set[int], b: set[int]) -> None:
+def test_set_operations(few: int, base: int, a: set[int], b: set[int]) -> None:
     left, right = ranges_of(a, base), ranges_of(b, base)
-    for result, expected in (
-        (units.intersect(left, right), a & b),
-        (units.subtract(left, right), a - b),
-        (units.merge(left, right), a | b),
-    ):
+    with patch.object(units, "FEW", few):
+        found = (
+            (units.intersect(left, right), a & b),
+            (units.subtract(left, right), a - b),
+            (units.merge(left, right), a | b),
+        )
+    for result, expected in found:
         assert_range_array(result)
         assert pages_of(result, base) == expected
 
@@ -60,10 +65,12 @@ def test_distinct_values_ascend(values: list[int]) -> None:
     assert found.dtype == np.uint64
 
 
+@pytest.mark.parametrize("few", [0, units.FEW])
 @given(rows=st.lists(st.tuples(st.integers(0, 40), st.integers(1, 9))))
-def test_merge_takes_overlapping_ranges_in_any_order(rows: list[tuple[int, int]]) -> None:
+def test_merge_takes_overlapping_ranges_in_any_order(few: int, rows: list[tuple[int, int]]) -> None:
     array = np.array([(at, at + n) for at, n in rows], dtype=np.uint64).reshape(-1, 2)
-    merged = units.merge(array)
+    with patch.object(units, "FEW", few):
+        merged = units.merge(array)
     assert_range_array(merged)
     assert (merged[1:, 0] > merged[:-1, 1]).all(), "neighbours are not joined"
     assert pages_of(merged) == {page for at, n in rows for page in range(at, at + n)}

@@ -23,6 +23,10 @@ class UsageError(CrtraceError):
     exit_code = 2
 
 
+class LeaderGone(CrtraceError):
+    """The first thread of a process has exited while others run on."""
+
+
 class TargetGone(CrtraceError):
     """The target does not exist, has exited, or its number now belongs to another process."""
 

@@ -229,6 +229,7 @@ class Session:
         if self._must_stand_still():
             if left > self._little_enough():
                 self._collect(work, image)
+                self._left(work)  # by a look at everything, which the pause's scan can build on
         elif not self._all_compared():
             self._collect_last(work, image, left)
 

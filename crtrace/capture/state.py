@@ -16,6 +16,7 @@ from pathlib import Path
 
 from crtrace.capture.target import Target
 from crtrace.capture.tree import Member
+from crtrace.errors import TargetGone
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.records import Arch, Cpu, Mm, Task, Thread
 from crtrace.image.tables import FileFlag, FileInfo, Files, Vma, VmaFlag, VmaKind, Vmas
@@ -43,13 +44,16 @@ class Snapshot:
         """Read registers and signals of stopped threads."""
         pid = member.process.pid
         threads = sorted(threads, key=lambda tracee: (tracee.tid != pid, tracee.tid))
-        for tracee in threads:
-            tracee.capture()
+        try:
+            for tracee in threads:
+                tracee.capture()
+            shared_pending = threads[0].read_pending(shared=True)
+        except ProcessLookupError as error:  # killed in its stop
+            raise TargetGone(f"process {pid} has exited") from error
         assert member.stat  # read since it was stopped, to see that it is settled
         return cls(
-            member, member.target, member.stat, member.target.map.vmas, threads,
-            threads[0].read_pending(shared=True),
-        )  # fmt: skip
+            member, member.target, member.stat, member.target.map.vmas, threads, shared_pending
+        )
 
 
 @dataclass(slots=True)

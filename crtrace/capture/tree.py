@@ -14,7 +14,14 @@ from dataclasses import dataclass, field
 
 from crtrace.capture.spaces import Spaces
 from crtrace.capture.target import Target
-from crtrace.errors import AlreadyTraced, CrtraceError, NotPermitted, TargetGone, UsageError
+from crtrace.errors import (
+    AlreadyTraced,
+    CrtraceError,
+    LeaderGone,
+    NotPermitted,
+    TargetGone,
+    UsageError,
+)
 from crtrace.image.records import Task
 from crtrace.linux.events import in_initial_pid_namespace
 from crtrace.linux.libc import same_memory
@@ -98,8 +105,8 @@ class Tree:
             self._forget(member)
         self.members.clear()
 
-    def _forget(self, member: Member) -> None:
-        self._marks.remove(member.tgid)
+    def _forget(self, member: Member, *, ended: bool = False) -> None:
+        self._marks.remove(member.tgid, ended=ended)
         if member is not self.root:
             member.process.close()
 
@@ -142,13 +149,14 @@ class Tree:
 
     def update(self) -> None:
         """Bring the members up to date: those that ended, began, or run another program."""
-        refused, self.refused = list(self.refused), {}
+        refused = list(self.refused)
         for member in list(self.members):
             if not member.process.alive():
                 self.look_after(member)
         for pid, tgid in self.strangers():
             self.take_in(pid, tgid)
         for pid in refused:
+            self.refused.pop(pid, None)
             self._mark_and_arm(self.take_in(pid, 0))
         self.settle()
         for member in self.members:
@@ -252,7 +260,7 @@ class Tree:
             return self._join(process, tgid)
         except TargetGone:
             process.close()
-        except (AlreadyTraced, NotPermitted, UsageError) as error:
+        except (AlreadyTraced, LeaderGone, NotPermitted, UsageError) as error:
             process.close()
             self.refused[pid] = str(error)
         except BaseException:
@@ -262,7 +270,10 @@ class Tree:
 
     def _join(self, process: Process, tgid: int) -> Member:
         above = process.stat().ppid
-        target = self._sharing(process.pid) or Target(process, self._spaces.of_program(process))
+        target = self._sharing(process.pid)
+        if not target and not self._follow:
+            raise TargetGone(f"process {process.pid} runs a program of its own by now")
+        target = target or Target(process, self._spaces.of_program(process))
         parent = next((each for each in self.members if each.process.pid == above), None)
         member = Member(process, tgid, target, parent)
         self.members.append(member)
@@ -285,7 +296,7 @@ class Tree:
         self.departed.append(member)
         if not self.of(member.target):
             member.target.close()
-        self._forget(member)
+        self._forget(member, ended=True)
 
     def settle(self) -> None:
         """Give every member the address space that it runs in now."""
@@ -314,7 +325,7 @@ class Tree:
             member.target = shared or Target(member.process, space)
         except TargetGone:
             self.look_after(member)
-        except UsageError as error:
+        except (LeaderGone, UsageError) as error:
             if member is self.root:
                 raise
             self.depart(member)

@@ -221,6 +221,8 @@ class Ring:
     def __init__(self, fd: int, size: int, words: int) -> None:
         self._words = 1 + words  # the first one is the kernel's
         self._nothing: U64 = np.empty((0, words), dtype=np.uint64)
+        self.unfinished = False
+        """The last look ended at a record that was still being written."""
         self._size = size
         own = mmap.mmap(fd, PAGE_SIZE, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)
         # The kernel maps the data twice, one behind the other, so that no record is ever split.
@@ -244,12 +246,14 @@ class Ring:
         """The records, ``(n, words)``, that are complete, oldest first, up to one that is still
         being written."""
         at, end = int(self._consumer[0]), int(self._producer[0])
+        self.unfinished = False
         if at == end:
             return self._nothing
         first = at % self._size // 8
         entries = self._data[first : first + (end - at) // 8].reshape(-1, self._words)
         busy = np.flatnonzero(entries[:, 0] & self._BUSY)
-        ready = entries[: busy[0]] if len(busy) else entries
+        self.unfinished = len(busy) > 0
+        ready = entries[: busy[0]] if self.unfinished else entries
         records: U64 = ready[:, 1:].copy()
         self._consumer[0] = at + ready.nbytes
         return records

@@ -22,6 +22,7 @@ import numpy as np
 from crtrace.errors import (
     AlreadyTraced,
     CrtraceError,
+    LeaderGone,
     NotPermitted,
     TargetBusy,
     TargetGone,
@@ -308,7 +309,7 @@ class Process:
             if not others and waited > EXEC_BLINK:
                 return self._exited()
             if waited > EXEC_TIME:
-                return CrtraceError(
+                return LeaderGone(
                     f"the first thread of process {self.pid} has exited, others run on: "
                     "not supported",
                     hint="the kernel shows such a process's memory to nobody by its number",

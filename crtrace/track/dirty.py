@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from crtrace.errors import TargetGone
 from crtrace.linux import bpf
+from crtrace.linux.addrspace import EVERYTHING
 from crtrace.linux.bpf import Array
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
@@ -246,10 +247,13 @@ class WrittenPages:
             self._elements[table, key] = element
         return element.read()
 
-    def remove(self, tgid: int) -> None:
-        """Mark it no longer."""
+    def remove(self, tgid: int, *, ended: bool = False) -> None:
+        """Mark it no longer. Of a child that has ended, BPF has seen to that, and its number may be
+        another child's by now."""
+        element = self._read("targets", tgid)
         self._elements.pop(("targets", tgid), None)
-        bpf.delete(self._maps["targets"], _u32(tgid))
+        if element and not (ended and element[-1] & CHILD):
+            bpf.delete(self._maps["targets"], _u32(tgid))
         bpf.delete(self._maps["homes"], _u32(tgid))
 
     def sharers(self) -> list[int]:
@@ -383,6 +387,8 @@ class WrittenPages:
         """Page ranges of the regions marked since the last :meth:`switch`; with ``before``, since
         the one before that."""
         self._hear()
+        if self._ring.unfinished:  # there may be others behind it
+            return EVERYTHING
         heard = [*self._heard, *(self._heard_before if before else ())]
         if not heard:
             return no_pages()

@@ -16,7 +16,7 @@ import pytest
 
 from crtrace.errors import TargetGone
 from crtrace.linux import bpf
-from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.libc import kernel_version
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
@@ -24,7 +24,7 @@ from crtrace.linux.stop import StoppedProcess
 from crtrace.track import bytecode
 from crtrace.track.armer import How
 from crtrace.track.bytecode import Bytecode, cache_key, keep, recall
-from crtrace.track.dirty import WrittenPages
+from crtrace.track.dirty import CHILD, TARGET, WrittenPages
 from crtrace.track.loader import (
     COVERING,
     LOCKS,
@@ -244,6 +244,33 @@ def test_no_mark_is_lost_to_a_switch(spawn: Spawn, programs: Programs) -> None:
         counts = marks.counts(number)
     assert counts.faults > 100
     assert counts.lost == 0
+
+
+def test_a_number_that_is_another_child_s_by_now_stays_marked(programs: Programs) -> None:
+    marks, entry = WrittenPages(programs), np.zeros(1, dtype=TARGET)
+    number = np.array([7], dtype=np.uint32)  # nobody's: the kernel's own threads are there
+    for flags, stays in ((CHILD, True), (0, False)):
+        entry["flags"] = flags
+        bpf.update(programs.maps["targets"], number, entry)
+        marks.remove(7, ended=True)
+        assert (7 in marks.targets()) is stays
+    bpf.delete(programs.maps["targets"], number)
+
+
+def test_behind_a_mark_that_is_under_way_there_may_be_others(
+    programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then a scan has to look everywhere."""
+    marks, ring = WrittenPages(programs), programs.ring
+    data = np.array([16, 1, 5, 16 | 1 << 31, 1, 6, 16, 1, 7], dtype=np.uint64)  # three records
+    marks.regions([1])
+    monkeypatch.setattr(ring, "_data", data.copy())
+    monkeypatch.setattr(ring, "_consumer", np.zeros(1, dtype=np.uint64))
+    monkeypatch.setattr(ring, "_producer", np.array([data.nbytes], dtype=np.uint64))
+    assert marks.regions([1]).tolist() == EVERYTHING.tolist()
+    data[3] = 16
+    ring._data[: len(data)] = data
+    assert marks.regions([1]).tolist() == [[5 * 512, 8 * 512]]
 
 
 def test_changes_of_the_address_space_are_counted(spawn: Spawn, programs: Programs) -> None:

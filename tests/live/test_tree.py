@@ -14,7 +14,12 @@ from typing import Any
 
 import pytest
 
-from crtrace.units import PAGE_SIZE
+from crtrace.capture import tree
+from crtrace.capture.tree import Tree
+from crtrace.errors import LeaderGone, TargetBusy
+from crtrace.linux.procfs import Process
+from crtrace.linux.ptrace import Tracee
+from crtrace.units import PAGE_SIZE, Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import Judged, judged, reader
 from tests.live.harness import Untouched, status, tasks, wait_until
@@ -238,6 +243,76 @@ def test_a_whole_tree_goes_on_when_crtrace_is_killed(spawn: Spawn, tmp_path: Pat
         for untouched in before:
             untouched.assert_same(ignore=["registers"], patience=5.0)
     target.terminate_and_check()
+
+
+def test_a_child_whose_first_thread_has_exited_is_left_out(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be one at any time, also one that was captured before."""
+    target = spawn("spawner")
+    without, whole = (child["pid"] for child in target.ask("fork 2 16"))
+    gone = LeaderGone("the first thread has exited")
+
+    def look(process: Process) -> None:
+        if process.pid == without:
+            raise gone
+
+    monkeypatch.setattr(tree, "refuse_unsuitable", look)
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        for _ in range(2):
+            judge.take()
+            assert pids_of(judge) == {target.pid, whole}
+            assert judge.stats[-1]["limits"] == [f"process {without} is left out: {gone}"]
+
+
+def test_who_is_left_out_is_not_forgotten_when_a_look_at_the_tree_fails(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("spawner")
+    (traced,) = (child["pid"] for child in target.ask("fork 1 16"))
+
+    def fail(self: Tree) -> None:
+        raise TargetBusy("try again")
+
+    with _traced(traced), judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        with monkeypatch.context() as patch:
+            patch.setattr(Tree, "strangers", fail)
+            with pytest.raises(TargetBusy):
+                judge.take()
+        judge.take()
+        assert [str(traced) in limit for limit in judge.stats[-1]["limits"]] == [True]
+
+
+def test_without_tree_a_program_of_its_own_is_no_member(spawn: Spawn, tmp_path: Path) -> None:
+    """A child that had the target's memory when it was noticed, and has called exec since."""
+    target, other = spawn("spawner"), spawn("layout")
+    before = Untouched(other.pid)
+    with judged(target.pid, tmp_path / "chain") as judge:
+        assert judge.session._tree.take_in(Pid(other.pid), 0) is None
+        judge.take()
+        assert pids_of(judge) == {target.pid}
+    before.assert_same()
+
+
+def test_a_process_that_is_killed_late_in_a_pause_is_no_failure(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("spawner")
+    victim, other = (child["pid"] for child in target.ask("fork 2 16"))
+    capture = Tracee.capture
+
+    def too_late(self: Tracee) -> None:
+        if self.tid == victim:
+            os.kill(victim, signal.SIGKILL)
+            wait_until(lambda: status(victim)["State"][0] in "ZX", "it is dead")
+        capture(self)
+
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        with monkeypatch.context() as patch:
+            patch.setattr(Tracee, "capture", too_late)
+            judge.take()
+        assert pids_of(judge) == {target.pid, other}
 
 
 def test_a_traced_descendant_is_left_out_aloud(spawn: Spawn, tmp_path: Path) -> None:

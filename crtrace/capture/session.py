@@ -205,14 +205,15 @@ class Session:
         for target in self._tree.targets():
             target.fresh = False
             part = work.parts[target.space]
-            target.recent = part.scanned if target.pins.direct else part.suspect
+            target.recent = part.scanned if target.reads_directly() else part.suspect
+            target.revisit = part.doubted
 
     # ---- while the targets run -----------------------------------------------------------------
 
     def _precopy(self, work: Work, image: ImageWriter, full: bool) -> None:
         """Copy and compress what was written, if it is much."""
         for target in self._tree.targets():
-            work.parts[target.space] = Part(target.carried, full or target.fresh, target.fresh)
+            work.parts[target.space] = _part(target, full or target.fresh)
         left = self._left(work)
         if left > self._little_enough() or any(part.whole for part in work.parts.values()):
             self._precopy_round(work, image)
@@ -258,7 +259,8 @@ class Session:
 
     def _left(self, work: Work) -> int:
         """Pages that are written and not copied: as many as BPF has counted faults since the last
-        round began, or as an armer knows better; and those of an epoch that failed."""
+        round began, or as an armer knows better; and those of an epoch that failed, or was in
+        doubt."""
         known = 0
         for target in self._tree.targets():
             with _unless_it_ended(target):
@@ -266,7 +268,8 @@ class Session:
         written = max(0, self._tree.faults() - work.faults, known)
         if work.rounds:
             return written
-        return written + sum(count_pages(part.carried) for part in work.parts.values())
+        parts = work.parts.values()
+        return written + sum(count_pages(p.carried) + count_pages(p.revisit) for p in parts)
 
     def _collect(self, work: Work, image: ImageWriter) -> None:
         work.faults = self._tree.faults()
@@ -335,6 +338,8 @@ class Session:
         tgids = self._tree.tgids(target)
         scan = target.scan(tgids, stopped=stopped, ahead=ahead, turned=turned, beside=self._beside)
         again = part.found(scan)
+        if target.visited_before and not part.rounds:
+            part.doubt()
         if not target.visited():
             part.trust()
         return scan, again
@@ -468,7 +473,7 @@ class Session:
         changed = len(targets) != len(work.parts)
         for target in targets:
             if target.space not in work.parts:
-                work.parts[target.space] = Part(target.carried, True, True)
+                work.parts[target.space] = _part(target, True)
             changed |= target.refresh(self._tree.tgids(target))
         return changed
 
@@ -544,6 +549,10 @@ class Session:
         if known is not None:
             image.mark_holes(space, known.absent_from(subtract(EVERYTHING, gone)))
         image.mark_holes(space, expand(intersect(precopied, gone)))
+
+
+def _part(target: Target, whole: bool) -> Part:
+    return Part(target.carried, whole, target.fresh, target.revisit)
 
 
 @contextmanager

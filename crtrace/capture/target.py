@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from crtrace.errors import TargetGone
@@ -42,6 +43,10 @@ class Target:
         self.recent = no_pages()
         """What was written for the last epoch, where something may still be under way into it: a
         direct read, or what somebody else does."""
+        self.revisit = no_pages()
+        """What the last epoch was in doubt about; see ``Part``."""
+        self.visited_before = False
+        """Somebody else was in its memory since the last scan and before this epoch began."""
         self._guide: Guide | None = None
         self._map_as_of: tuple[int, ...] = ()
         """The counts when the map was read."""
@@ -218,7 +223,7 @@ class Target:
             return  # all is read each time anyway
         self.pins.find(self.process)
         self._filled_by_reads = filled_by_reads()
-        self.visited()
+        self.visited_before = self.visited()
         who = f"process {self.process.pid}"
         if pinned := self.pins.unexplained(self.process):
             self.limits.append(
@@ -236,6 +241,14 @@ class Target:
             self.limits.append(f"{who}: {rings} io_uring rings without a mapping are not seen")
         if self.pins.direct and (self.pins.rings or self._has_aio()):
             self.limits.append(f"{who}: direct reads that last longer than an epoch are not seen")
+
+    def reads_directly(self) -> bool:
+        """Whether direct reads may be under way; also by a descriptor that was not there when the
+        epoch began. While it runs."""
+        if not (self.compared or self.pins.direct):
+            with suppress(TargetGone):
+                self.pins.find(self.process)
+        return bool(self.pins.direct)
 
     def _has_aio(self) -> bool:
         return any(vma.name.startswith("/[aio]") for vma in self.map.vmas)

@@ -24,13 +24,14 @@ class Part:
     """What one attempt at an epoch finds of one address space.
 
     ``carried`` is what an attempt that failed had found written; ``whole``: everything is to be
-    read, and not only what was written.
+    read, and not only what was written. ``revisit``: what the last epoch was in doubt about.
     """
 
     carried: U64
     whole: bool = False
     fresh: bool = False
     """It is the first epoch of this address space."""
+    revisit: U64 = field(default_factory=no_pages)
     rounds: int = 0
     last: Scan = NOTHING_FOUND
     """That of the pause."""
@@ -44,6 +45,9 @@ class Part:
     """What was not armed since the last epoch found it."""
     suspect: U64 = field(default_factory=no_pages)
     """What the last scan found while somebody else was in that memory: to be read again."""
+    doubted: U64 = field(default_factory=no_pages)
+    """What was suspect, and what somebody else may have had in hand since before the first scan. He
+    may be slow, so the next epoch reads it once more."""
     late: int = 0
     """Pages that turned out after a bounded scan to have changed without a mark."""
     failed: Failures = field(default_factory=list)
@@ -70,14 +74,20 @@ class Part:
         over, not readable before, or suspect.
         """
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
-        carried = no_pages() if self.rounds else self.carried
+        carried = no_pages() if self.rounds else merge(self.carried, self.revisit)
         again = merge(carried, to_ranges(failed), self.suspect)
+        self.doubt()
         self._scanned.append(scan.written)
         self.suspect = subtract(scan.written, scan.unarmed)
         self.unarmed = scan.unarmed
         if len(scan.left):
             self.left = merge(self.left, scan.left)
         return again
+
+    def doubt(self) -> None:
+        """Have the next epoch, too, read what is suspect."""
+        if len(self.suspect):
+            self.doubted = merge(self.doubted, self.suspect)
 
     def trust(self) -> None:
         """Nobody else was in that memory when the last scan armed it."""

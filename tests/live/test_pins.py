@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,9 +22,11 @@ from crtrace.track.armer import How
 from crtrace.track.userfaultfd import UserfaultfdArmer
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, Pid, contains, merge
 from tests.live.conftest import Spawn
+from tests.live.exactness import judged
 from tests.live.harness import Target, read_mem
 
 HUGE_PAGE = 2 << 20
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -274,3 +278,73 @@ def test_a_direct_read_in_flight_over_a_scan_is_in_the_next_or_told(
     target.obey("await")
     assert read_mem(target.pid, page * PAGE_SIZE, 1) == b"D"
     assert seen_written(armer, space, page) or found(process).direct == 1
+
+
+class SlowWriter:
+    """See ``slow_writer.py``: in another process, since what the controller does is known."""
+
+    def __init__(self, pid: int, address: int) -> None:
+        command = [sys.executable, "-m", "tests.live.slow_writer", str(pid), str(address)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+        )
+        assert self._process.stdout
+        assert self._process.stdout.readline() == "pinned\n"
+
+    def go_on(self) -> None:
+        """Let it write."""
+        self._process.communicate("go\n", timeout=20)
+        assert self._process.returncode == 0
+
+
+@pytest.mark.usefixtures("userfaultfd")
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_what_a_slow_writer_had_in_hand_is_in_the_next_epoch(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """It lets go of the lock before it writes: its page can be armed twice by then."""
+    target = spawn("layout")
+    address = target.ask("areas")["anon_written"]["addr"]
+    writers = []
+
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        collect = judge.session._collect
+
+        def begin(*args: Any) -> None:
+            if not writers:
+                writers.append(SlowWriter(target.pid, address))
+            collect(*args)
+
+        if when == "before":
+            writers.append(SlowWriter(target.pid, address))
+        monkeypatch.setattr(judge.session, "_collect", begin)
+        judge.take()
+        assert read_mem(target.pid, address, 1) != b"L"
+        writers[0].go_on()
+        assert read_mem(target.pid, address, 1) == b"L"
+        judge.take()
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_a_descriptor_that_comes_while_an_epoch_is_taken_is_not_overlooked(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A direct read by it may be under way into what was found written."""
+    target, file = spawn("pins"), tmp_path / "file"
+    file.write_bytes(bytes(PAGE_SIZE))
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        member = judge.session._tree.root.target
+        assert not member.pins.direct
+        collect = judge.session._collect
+
+        def begin(*args: Any) -> None:
+            if not target.command(f"open {file}").startswith("ok"):
+                pytest.skip("cannot run here: this file system has no direct I/O")
+            collect(*args)
+
+        monkeypatch.setattr(judge.session, "_collect", begin)
+        judge.take()
+        assert len(member.recent)  # what the target wrote to answer, at least
+        judge.take()

@@ -171,5 +171,8 @@ def test_what_a_scan_found_while_others_were_in_that_memory_is_read_again() -> N
         found.append(part.found(scan_of({page, 9}, unarmed={9})))
         if page >= 3:
             part.trust()
+    assert expand(part.doubted).tolist() == [1, 2]  # whoever was there may be slow
+    following = Part(ranges_of(set()), revisit=part.doubted)
+    assert expand(following.found(scan_of({7}))).tolist() == [1, 2]
     # What is not armed is never read while the target runs: it may be filled on demand.
     assert [expand(again).tolist() for again in found] == [[], [1], [2], []]

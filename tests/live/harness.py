@@ -357,7 +357,7 @@ def shadow_mismatches(read: MemoryReader, info: Mapping[str, Any]) -> list[int]:
 def _read(path: str) -> str:
     """A file of /proc; empty if this kernel has none, or the thread has gone."""
     try:
-        return Path(path).read_text()
+        return Path(path).read_text(errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return ""
 

@@ -278,11 +278,13 @@ def _compile() -> Bytecode:
     best = [OLD_KERNEL] if kernel_version() < (5, 12) else kernel_types()
     try:
         return _compiled_with(best, headers.source)
-    except Exception:  # BCC raises nothing more special
+    except Exception as error:  # BCC raises nothing more special
+        failure = error
+    if COVERING_NEEDS in "".join(best):
         # Some kernels let nobody read their memory, which that program does.
-        if COVERING_NEEDS not in "".join(best):
-            raise
-        return _compiled_with(best[1:], headers.source)
+        with suppress(Exception):
+            return _compiled_with(best[1:], headers.source)
+    raise failure
 
 
 def _compiled_with(known: list[str], headers: str) -> Bytecode:

@@ -189,7 +189,7 @@ def test_tiny_notices_changed_registers(spawn: Spawn, place: str, comparison: in
 
     def noticed() -> bool:
         # Just before its loop sets the register anew, a change is lost.
-        subprocess.run(change, check=True, capture_output=True)
+        run_gdb(change)
         limit = time.monotonic() + 1.0
         while target.command("check") != "bad":
             if time.monotonic() > limit:
@@ -470,6 +470,14 @@ def test_untouched_is_content_with_a_busy_target(spawn: Spawn) -> None:
     snapshot.assert_same(ignore=["registers"])  # the writer sleeps until another time
 
 
+def run_gdb(command: list[str]) -> None:
+    """With a gdb that is older than the processor, writing registers can fail."""
+    done = subprocess.run(command, check=False, capture_output=True)
+    if b"Couldn't write extended state status: Bad address" in done.stderr:
+        pytest.skip("cannot run here: this gdb cannot write the registers of this processor")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.fixture
 def gdb_call(spawn: Spawn) -> Callable[[str], list[str]]:
     """Make a target run one expression, and give back what a snapshot finds changed."""
@@ -478,7 +486,7 @@ def gdb_call(spawn: Spawn) -> Callable[[str], list[str]]:
         target = spawn("threads", "--threads", 3)
         snapshot = Untouched(target.pid)
         gdb = ["gdb", "-q", "-batch", "-p", str(target.pid), "-ex", "set confirm off"]
-        subprocess.run([*gdb, "-ex", f"print {expression}"], check=True, capture_output=True)
+        run_gdb([*gdb, "-ex", f"print {expression}"])
         return snapshot.differences()
 
     return call

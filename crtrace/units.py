@@ -32,8 +32,8 @@ Bools = npt.NDArray[np.bool_]
 Number = TypeVar("Number", np.uint64, np.int64)
 
 FEW = 32
-"""Ranges for which a loop takes less time than numpy's calls. In a pause, where these have not been
-made for a while, that is a half, and there are a dozen unions and the like in it."""
+"""Ranges for which a loop takes less time than numpy's calls, each of which takes as long for one
+as for a hundred. A pause makes a dozen unions and the like, of a few ranges each."""
 
 
 def no_pages() -> U64:

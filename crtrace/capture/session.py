@@ -205,7 +205,7 @@ class Session:
         for target in self._tree.targets():
             target.fresh = False
             part = work.parts[target.space]
-            target.recent = part.scanned if target.reads_directly() else part.suspect
+            target.recent = part.scanned if part.direct else part.suspect
             target.revisit = part.doubted
 
     # ---- while the targets run -----------------------------------------------------------------
@@ -490,9 +490,11 @@ class Session:
     # ---- after the pause -----------------------------------------------------------------------
 
     def _look_back(self, work: Work) -> None:
-        """Where the pause's scan was bounded, look whether that was right."""
+        """Look whether direct reads were under way; and where the pause's scan was bounded, whether
+        that was right."""
         for target in self._tree.targets():
             part = work.parts[target.space]
+            part.direct = target.reads_directly()
             if part.last.bounded:
                 with suppress(TargetGone):
                     tgids = self._tree.tgids(target)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 
-from crtrace.errors import TargetGone
+from crtrace.errors import CrtraceError, TargetGone
 from crtrace.image.tables import VmaFlag
 from crtrace.linux.addrspace import AddressSpace, filled_by_reads
 from crtrace.linux.memory import MemoryReader
@@ -245,9 +244,12 @@ class Target:
     def reads_directly(self) -> bool:
         """Whether direct reads may be under way; also by a descriptor that was not there when the
         epoch began. While it runs."""
-        if not (self.compared or self.pins.direct):
-            with suppress(TargetGone):
-                self.pins.find(self.process)
+        if self.compared or self.pins.direct:
+            return bool(self.pins.direct)
+        try:
+            self.pins.find(self.process)
+        except (CrtraceError, OSError):  # gone, or it calls exec just now: nobody knows
+            return True
         return bool(self.pins.direct)
 
     def _has_aio(self) -> bool:

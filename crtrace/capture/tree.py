@@ -171,7 +171,7 @@ class Tree:
         """It seems to be gone. Raises if it is the target, and only seems so."""
         why = member.process.gone()
         if isinstance(why, TargetGone):
-            self.depart(member)
+            self.depart(member, ended=True)
         elif member is self.root:
             raise why
         else:
@@ -287,8 +287,8 @@ class Tree:
                     return target
         return None
 
-    def depart(self, member: Member) -> None:
-        """It has ended."""
+    def depart(self, member: Member, *, ended: bool = False) -> None:
+        """It has ended, or cannot be captured any more."""
         self.members.remove(member)
         with suppress(TargetGone):
             stat = member.process.stat()
@@ -296,7 +296,7 @@ class Tree:
         self.departed.append(member)
         if not self.of(member.target):
             member.target.close()
-        self._forget(member, ended=True)
+        self._forget(member, ended=ended)
 
     def settle(self) -> None:
         """Give every member the address space that it runs in now."""

@@ -48,6 +48,8 @@ class Part:
     doubted: U64 = field(default_factory=no_pages)
     """What was suspect, and what somebody else may have had in hand since before the first scan. He
     may be slow, so the next epoch reads it once more."""
+    direct: bool = False
+    """Direct reads may have been under way into what was found written."""
     late: int = 0
     """Pages that turned out after a bounded scan to have changed without a mark."""
     failed: Failures = field(default_factory=list)

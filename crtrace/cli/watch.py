@@ -71,19 +71,19 @@ def watch(
                 if not session.heals:
                     note("its code or a shadow stack forbids the safest way to attach: had crtrace")
                     note("been killed in that moment, the target would have been lost")
-                delayed = ""
+                last, delayed = "", ""
                 for event in watched.run():
                     bar.clear()
                     say(event)
-                    delayed = event.get("reason", delayed)
+                    last, delayed = event["event"], event.get("reason", delayed)
         except StopNow as stop:
             bar.clear()
             note("stopped at once; the committed epochs are whole")
             raise Failure(128 + stop.signum) from None
-    if not watched.taken and event["event"] == "exit":
-        raise TargetGone(f"process {pid} exited before its first epoch was complete")
-    if not watched.taken:
+    if not watched.taken and last == "end":
         note(f"no epoch was written: {delayed}", fg="yellow")
+    elif not watched.taken:
+        raise TargetGone(f"process {pid} exited before its first epoch was complete")
     tell_losses(watched.losses, watched.limits, path)
 
 

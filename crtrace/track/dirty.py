@@ -408,7 +408,7 @@ class WrittenPages:
         following = self._generation ^ 1
         if not self._drained:  # what is in the map already would not be told again
             self._left.append(self._written[following].take())
-        bpf.update(self._maps["generation"], _GENERATIONS[0], _GENERATIONS[following])
+        bpf.update(self._maps["generation"], _u32(0), _u32(following))
         self._generation = following
         self._drained = False
 
@@ -468,9 +468,6 @@ def decode(regions: U64, words: U64) -> U64:
     row, column = np.nonzero(bits)
     first = regions[region] * np.uint64(REGION_PAGES) + word.astype(np.uint64) * np.uint64(64)
     return first[row] + column.astype(np.uint64)
-
-
-_GENERATIONS = np.array([[0], [1]], dtype=np.uint32)
 
 
 def _u32(value: int) -> npt.NDArray[np.uint32]:

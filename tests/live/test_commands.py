@@ -315,6 +315,23 @@ def test_a_reader_that_has_seen_enough_ends_reading_commands_in_peace(
     assert (code, errors) in [(ENDED, ""), (0, "")]  # it may have said all by then
 
 
+@pytest.mark.parametrize("command", ["list", "show", "verify", "diff", "diff --pages"])
+def test_a_reader_that_is_not_there_ends_reading_commands(
+    written: tuple[Path, list[Event]], command: str
+) -> None:
+    """So that damage that could not be told is not taken for none."""
+    verb, *options = command.split()
+    epochs = ("0", "2") if verb == "diff" else ()
+    theirs, ours = os.pipe()
+    os.close(theirs)
+    done = subprocess.run(
+        [*CRTRACE, verb, written[0], *epochs, *options],
+        stdout=ours, stderr=subprocess.PIPE, text=True, timeout=20, check=False,
+    )  # fmt: skip
+    os.close(ours)
+    assert (done.returncode, done.stderr) == (ENDED, "")
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_stdout_that_takes_nothing_is_an_error(
     written: tuple[Path, list[Event]], unbuffered: str

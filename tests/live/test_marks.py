@@ -254,7 +254,6 @@ def test_a_number_that_is_another_child_s_by_now_stays_marked(programs: Programs
         bpf.update(programs.maps["targets"], number, entry)
         marks.remove(7, ended=True)
         assert (7 in marks.targets()) is stays
-    bpf.delete(programs.maps["targets"], number)
 
 
 def test_behind_a_mark_that_is_under_way_there_may_be_others(
@@ -263,7 +262,6 @@ def test_behind_a_mark_that_is_under_way_there_may_be_others(
     """Then a scan has to look everywhere."""
     marks, ring = WrittenPages(programs), programs.ring
     data = np.array([16, 1, 5, 16 | 1 << 31, 1, 6, 16, 1, 7], dtype=np.uint64)  # three records
-    marks.regions([1])
     monkeypatch.setattr(ring, "_data", data.copy())
     monkeypatch.setattr(ring, "_consumer", np.zeros(1, dtype=np.uint64))
     monkeypatch.setattr(ring, "_producer", np.array([data.nbytes], dtype=np.uint64))

@@ -19,6 +19,7 @@ from crtrace.capture.tree import Tree
 from crtrace.errors import LeaderGone, TargetBusy
 from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import Tracee
+from crtrace.track.dirty import CHILD
 from crtrace.units import PAGE_SIZE, Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import Judged, judged, reader
@@ -248,7 +249,6 @@ def test_a_whole_tree_goes_on_when_crtrace_is_killed(spawn: Spawn, tmp_path: Pat
 def test_a_child_whose_first_thread_has_exited_is_left_out(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It may be one at any time, also one that was captured before."""
     target = spawn("spawner")
     without, whole = (child["pid"] for child in target.ask("fork 2 16"))
     gone = LeaderGone("the first thread has exited")
@@ -263,6 +263,19 @@ def test_a_child_whose_first_thread_has_exited_is_left_out(
             judge.take()
             assert pids_of(judge) == {target.pid, whole}
             assert judge.stats[-1]["limits"] == [f"process {without} is left out: {gone}"]
+
+
+def test_who_leaves_the_tree_alive_is_marked_no_longer(spawn: Spawn, tmp_path: Path) -> None:
+    """Else every pause would stop it, to see again that it cannot be captured."""
+    target = spawn("spawner")
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        (child,) = (child["pid"] for child in target.ask("fork 1 16"))
+        judge.take()
+        (member,) = (each for each in judge.session._tree.members if each.process.pid == child)
+        assert judge.session._marks.targets()[member.tgid] & CHILD
+        judge.session._tree.depart(member)
+        assert member.tgid not in judge.session._marks.targets()
 
 
 def test_who_is_left_out_is_not_forgotten_when_a_look_at_the_tree_fails(

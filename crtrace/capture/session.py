@@ -214,8 +214,10 @@ class Session:
         """Copy and compress what was written, if it is much."""
         for target in self._tree.targets():
             work.parts[target.space] = _part(target, full or target.fresh)
-        left = self._left(work)
-        if left > self._little_enough() or any(part.whole for part in work.parts.values()):
+        left, parts = self._left(work), work.parts.values()
+        revisit = sum(count_pages(part.revisit) for part in parts)
+        much = left > self._little_enough() or revisit > self._bearable()
+        if much or any(part.whole for part in parts):
             self._precopy_round(work, image)
 
     def _come_close(self, work: Work, image: ImageWriter) -> None:
@@ -259,8 +261,7 @@ class Session:
 
     def _left(self, work: Work) -> int:
         """Pages that are written and not copied: as many as BPF has counted faults since the last
-        round began, or as an armer knows better; and those of an epoch that failed, or was in
-        doubt."""
+        round began, or as an armer knows better; and those of an epoch that failed."""
         known = 0
         for target in self._tree.targets():
             with _unless_it_ended(target):
@@ -268,8 +269,7 @@ class Session:
         written = max(0, self._tree.faults() - work.faults, known)
         if work.rounds:
             return written
-        parts = work.parts.values()
-        return written + sum(count_pages(p.carried) + count_pages(p.revisit) for p in parts)
+        return written + sum(count_pages(part.carried) for part in work.parts.values())
 
     def _collect(self, work: Work, image: ImageWriter) -> None:
         work.faults = self._tree.faults()

@@ -62,7 +62,7 @@ def clear_marks(fd: int, start: int, end: int) -> int:
     Marks may be left from an earlier registration that ``mremap`` ended, on pages that have been
     made writable since: such a page would look protected for ever, and its writes be missed.
 
-    ``ENOENT``: there is something that is not registered.
+    ``ENOENT``: there is something that is not registered. ``ESRCH``: the address space is gone.
     """
     protection = struct.pack("<3Q", start, end - start, 0)
     return _try("UFFDIO_WRITEPROTECT", fd, _UFFDIO_WRITEPROTECT, protection)

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from crtrace.errors import FeatureMissing, TargetBusy
+from crtrace.errors import FeatureMissing, TargetBusy, TargetGone
 from crtrace.linux import pagemap, uffd
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
@@ -325,6 +325,8 @@ class UserfaultfdArmer:
                 spans = [(vma.first_page, vma.end_page) for vma in changed]
                 for vma in space.touching(merge(np.array(spans, dtype=np.uint64))):
                     error = uffd.clear_marks(self._uffd, vma.start, vma.end)
+                    if error == errno.ESRCH:
+                        raise TargetGone("the address space that was armed is gone")
                     if error not in (0, errno.ENOENT):
                         raise OSError(error, os.strerror(error), str(vma))
         self._uncleared = []

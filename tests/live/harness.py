@@ -151,6 +151,10 @@ class Target:
         """Send a command without waiting for its :meth:`answer`."""
         os.write(self._fds[1], line.encode() + b"\n")
 
+    def has_answered(self, timeout: float) -> bool:
+        """Whether there is an :meth:`answer`, at the latest after ``timeout`` seconds."""
+        return b"\n" in self._pending or bool(select.select([self._fds[0]], [], [], timeout)[0])
+
     def answer(self, timeout: float = 60) -> str:
         """The line that a command which was sent answers."""
         return self._line(timeout)

@@ -12,10 +12,12 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from crtrace.capture.session import Session
+from crtrace.capture.tree import ProgramChanged
 from crtrace.demo.judge import Judge
 from crtrace.errors import CrtraceError, TargetBusy, TargetGone
 from crtrace.image.store import ChainWriter
@@ -26,10 +28,11 @@ from crtrace.linux.ptrace import INTERRUPT
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Programs
+from crtrace.track.userfaultfd import UserfaultfdArmer
 from crtrace.units import Pid
 from tests.live.conftest import Spawn
 from tests.live.exactness import Judged
-from tests.live.harness import Target, Untouched, status, stopped, tasks, wait_until
+from tests.live.harness import Target, Untouched, compile_target, status, stopped, tasks, wait_until
 from tests.live.runner import SLOWNESS, Watching, run, verified
 
 EPOCHS = 3
@@ -335,8 +338,11 @@ def test_guard_regions_take_the_place_of_armed_pages_of_a_file(
         judged.take()
         judged.take()
         target.send("guard file_private 1 2")
-        judged.take()
-        if target.answer(timeout=20) != "ok":
+        for _ in range(20):  # it may begin only after a pause
+            judged.take()
+            if target.has_answered(1):
+                break
+        if target.answer(timeout=1) != "ok":
             pytest.skip("cannot run here: no guard regions there (before Linux 6.15)")
         target.obey("write file_private 0 1 6")
         for _ in range(2):
@@ -408,6 +414,26 @@ def test_a_vfork_that_begins_before_the_stop_keeps_only_its_own_thread(spawn: Sp
 
 
 # --- exec ---
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_an_exec_before_marks_are_cleared_is_told_as_one(
+    spawn: Spawn, tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("layout")
+    clear_marks = UserfaultfdArmer._clear_marks
+
+    def after_an_exec(*arguments: Any) -> None:
+        monkeypatch.undo()
+        target.obey(f"exec {compile_target('layout')}")
+        target.await_ready()
+        clear_marks(*arguments)
+
+    with watched(target.pid, tmp_path / "chain", programs) as judged:
+        monkeypatch.setattr(UserfaultfdArmer, "_clear_marks", after_an_exec)
+        with pytest.raises(ProgramChanged):
+            judged.session.checkpoint()
+    target.terminate_and_check()
 
 
 @pytest.mark.parametrize("condition", ["exec", "exec_thread"])

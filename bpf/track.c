@@ -15,9 +15,15 @@
 
 #ifdef OLD_KERNEL
 /* It has no atomic "or", so another CPU's mark may get lost. Nothing goes by the marks there. */
-#define SET_BIT(word, bit) (*(word) |= (bit))
+static __always_inline u64 set_bits(u64 *word, u64 bits)
+{
+	u64 before = *word;
+
+	*word |= bits;
+	return before;
+}
 #else
-#define SET_BIT(word, bit) __sync_fetch_and_or(word, bit)
+#define set_bits __sync_fetch_and_or
 #endif
 
 #ifndef LOCK_WRITE_ARG
@@ -78,8 +84,9 @@ static __always_inline void add_region(struct region_key *key)
 		count(TOTAL_UNTOLD);
 }
 
-/* Whether there was room for the mark. */
-static __always_inline bool mark(u32 number, u64 address)
+enum marked { NO_ROOM, NEWLY, AGAIN };
+
+static __always_inline enum marked mark_under(u32 number, u64 address)
 {
 	struct region_key key = { .tgid = number, .region = address >> REGION_SHIFT };
 	struct region_bits *bits = find_region(&key);
@@ -90,15 +97,22 @@ static __always_inline bool mark(u32 number, u64 address)
 		bits = find_region(&key);
 	}
 	if (!bits)
-		return false;
+		return NO_ROOM;
 
 	u64 page = address >> PAGE_SHIFT_4K;
 	u64 bit = 1ULL << (page & 63);
 	u64 *word = &bits->word[(page >> 6) & (REGION_WORDS - 1)];
 
-	if (!(*word & bit))
-		SET_BIT(word, bit);
-	return true;
+	return *word & bit || set_bits(word, bit) & bit ? AGAIN : NEWLY;
+}
+
+/* Whether there was room for the mark. A page that is found written tells of one fault only: of
+ * others, the write may still be to come. So they have marks of their own. */
+static __always_inline bool mark(u32 number, u64 address)
+{
+	enum marked first = mark_under(number, address);
+
+	return first == AGAIN ? mark_under(number | MARKED_AGAIN, address) != NO_ROOM : first == NEWLY;
 }
 
 /* Whether it is a target that writes. */

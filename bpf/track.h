@@ -12,10 +12,13 @@
 
 /* Process numbers are those of the initial PID namespace, whatever namespace crtrace runs in. */
 struct region_key {
-	__u32 tgid; /* or the number of an address space, for what others write to it */
+	__u32 tgid; /* or the number of an address space, for what others write to it; MARKED_AGAIN */
 	__u32 reserved;
 	__u64 region; /* address >> REGION_SHIFT */
 };
+
+/* Added to the number under which a page is marked that has its mark already. */
+#define MARKED_AGAIN 0x40000000u
 
 struct region_bits {
 	__u64 word[REGION_WORDS]; /* bit n of the region: page n was written */

@@ -31,7 +31,7 @@ from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.waits import guards_in_vain
 from crtrace.track.armer import Scan
-from crtrace.track.dirty import Coverage, WrittenPages
+from crtrace.track.dirty import MARKED_AGAIN, Coverage, WrittenPages, pages_under
 from crtrace.units import (
     CHUNK_PAGES,
     U64,
@@ -511,9 +511,8 @@ class Session:
         for target in self._tree.targets():
             part = work.parts[target.space]
             numbers = target.marked_under(self._tree.tgids(target))
-            sets = [marked[number] for number in numbers if number in marked]
-            pages = distinct(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
-            target.marked(pages)
+            pages = pages_under(numbers, marked)
+            target.marked(pages, pages_under([n | MARKED_AGAIN for n in numbers], marked))
             part.marked = distinct(np.concatenate([part.marked, pages]))
 
     def _describe(self, image: ImageWriter, work: Work, snapshots: list[Snapshot]) -> None:

@@ -189,10 +189,12 @@ class Target:
         that is known. What he has pinned there may change after a scan has armed it."""
         return self._guide is None or self._guide.visited()
 
-    def marked(self, pages: U64) -> None:
-        """BPF has marked ``pages``, page numbers, before its last switch of generations."""
+    def marked(self, pages: U64, again: U64) -> None:
+        """BPF has marked ``pages``, page numbers, before its last switch of generations; ``again``:
+        more than once."""
         if self._guide:
-            self._guide.await_faults(pages[contains(self.map.private, pages)])
+            private = self.map.private
+            self._guide.await_faults(*(each[contains(private, each)] for each in (pages, again)))
 
     def doubt(self) -> None:
         """Something failed: the next scan looks at everything."""

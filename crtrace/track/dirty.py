@@ -24,7 +24,7 @@ from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.loader import KEY, MIGRATIONS, TARGETS, Programs
-from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, merge, no_pages, pairs
+from crtrace.units import PAGE_SIZE, REGION_PAGES, U64, Bools, distinct, merge, no_pages, pairs
 
 log = logging.getLogger("crtrace")
 
@@ -63,8 +63,8 @@ _OWN_TGID, _OWN_SPACE, _VISITED, _COVERS = range(4)
 """Indices of ``controller``, as in bpf/track.h."""
 NO_PROCESS = 1 << 31
 """From here on numbers are those of address spaces: no process has such a one."""
-
-
+MARKED_AGAIN = 1 << 30
+"""In the number of a process or address space, as in bpf/track.h: pages marked more than once."""
 _COUNTED = b"pglazyfreed", b"thp_underused_split_page", b"thp_split_pmd", b"thp_split_page"
 
 
@@ -415,7 +415,8 @@ class WrittenPages:
     def drain(self) -> dict[int, U64]:
         """Take what the generation before the last :meth:`switch` marked.
 
-        Written page numbers, ascending, by process. Targets may run meanwhile.
+        Written page numbers, ascending, by process; those at which it marked more than one fault
+        are under its number and MARKED_AGAIN as well. Targets may run meanwhile.
         """
         taken = [*self._left, self._written[self._generation ^ 1].take()]
         self._left, self._drained = [], True
@@ -425,6 +426,12 @@ class WrittenPages:
     def marked_now(self) -> dict[int, U64]:
         """What has been marked since the last :meth:`switch`, in the same form."""
         return _by_process(*self._written[self._generation].peek())
+
+
+def pages_under(numbers: Iterable[int], marked: dict[int, U64]) -> U64:
+    """What is marked under any of the numbers, ascending."""
+    sets = [marked[number] for number in numbers if number in marked]
+    return distinct(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
 
 
 def _by_process(keys: Array, values: Array) -> dict[int, U64]:

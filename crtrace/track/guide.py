@@ -159,14 +159,15 @@ class Guide:
         if stopped:
             self._in_flight = no_pages()
 
-    def await_faults(self, pages: U64) -> None:
-        """BPF has marked ``pages``, page numbers, before its last switch of generations.
+    def await_faults(self, pages: U64, again: U64) -> None:
+        """BPF has marked ``pages``, page numbers, before its last switch of generations, and
+        ``again`` more than once.
 
         A fault marks its page before it changes it: what was marked and not found by the scan that
-        followed may still be to come, and a huge page with it.
+        followed may still be to come, and a huge page with it. So may the other one of two faults.
         """
         if self._found is not None:
-            coming = pages[~contains(self._found, pages)]
+            coming = np.concatenate((pages[~contains(self._found, pages)], again))
             regions = to_ranges(distinct(coming // np.uint64(REGION_PAGES)))
             self._in_flight = merge(regions * np.uint64(REGION_PAGES))
         self._found = None

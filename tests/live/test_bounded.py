@@ -161,6 +161,21 @@ def test_what_nobody_could_notice_is_told_afterwards(
 
 
 @pytest.mark.usefixtures("userfaultfd")
+def test_the_second_of_two_faults_on_a_page_is_awaited(spawn: Spawn, tmp_path: Path) -> None:
+    """The first one has made the page written, so the scan that found it has armed it."""
+    target = spawn("layout")
+    page = target.ask("areas")["anon_written"]["addr"]
+    with judged(target.pid, tmp_path / "chain") as judge:
+        judge.take()
+        target.obey("write anon_written 0 1 5")
+        target.obey("dontneed anon_written 0 1")
+        target.obey("write anon_written 0 1 6")
+        # Nobody notices what we do: as one that was marked before the first scan.
+        take_with(judge, partial(flip_byte, target.pid, page), "_pause")
+    assert judge.stats[-1]["scans_bounded"]
+
+
+@pytest.mark.usefixtures("userfaultfd")
 def test_a_page_that_was_armed_while_the_kernel_moved_it_is_looked_at_again(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +328,8 @@ def test_a_fault_under_way_over_the_first_scan_is_awaited_in_its_whole_region(
         guide = Guide(marks, *marks.space_behind(partial(_look, process)))
         found = np.array([[1000, 1002]], dtype=np.uint64)
         guide.scanned(found, turned=True, stopped=False)
-        guide.await_faults(np.array([1000, 1001, 5000], dtype=np.uint64))
+        marked, again = np.array([1000, 1001, 5000], dtype=np.uint64), np.empty(0, dtype=np.uint64)
+        guide.await_faults(marked, again)
         assert guide.bounds([1], turned=False).tolist() == [[4608, 5120]]
         guide.scanned(found, turned=False, stopped=True)
         assert not len(guide.bounds([1], turned=False))

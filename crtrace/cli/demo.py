@@ -77,8 +77,10 @@ def _watch(pid: int, path: Path) -> Iterator[dict[str, Any]]:
     from crtrace.image.reader import Chain
 
     judge = Judge()
-    bar = Bar("first image", lambda pages: human_bytes(pages * PAGE_SIZE))
-    with attached(Pid(pid), path, progress=bar.update, witness=judge) as session:
+    with (
+        Bar("first image", lambda pages: human_bytes(pages * PAGE_SIZE)) as bar,
+        attached(Pid(pid), path, progress=bar.update, witness=judge) as session,
+    ):
         bar.clear()
         for number in range(EPOCHS):
             time.sleep(INTERVAL if number else 0)
@@ -96,7 +98,6 @@ def _watch(pid: int, path: Path) -> Iterator[dict[str, Any]]:
                 "pages_compared": verdict.compared,
                 "wrong": len(verdict.wrong),
             }
-    bar.clear()
 
 
 def _check_chain(path: Path) -> None:

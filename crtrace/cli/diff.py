@@ -27,8 +27,10 @@ def diff(chain: Path, a: int, b: int, pid: int | None, pages: bool, as_json: boo
     from crtrace.cli import diff_json, diff_text
     from crtrace.image.reader import Chain
 
-    bar = Bar("comparing", lambda done: f"{int(done)} processes done")
-    with Chain.open(chain) as opened:
+    with (
+        Bar("comparing", lambda done: f"{int(done)} processes done") as bar,
+        Chain.open(chain) as opened,
+    ):
         found = Diff(opened.epoch(a), opened.epoch(b), pid=pid, progress=bar.update)
         if pages:
             parts = (diff_json if as_json else diff_text).changed_bytes(found)
@@ -37,4 +39,3 @@ def diff(chain: Path, a: int, b: int, pid: int | None, pages: bool, as_json: boo
         for part in parts:
             bar.clear()
             click.echo(part, nl=False)
-    bar.clear()

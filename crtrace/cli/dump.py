@@ -31,10 +31,11 @@ def dump(pid: int, path: Path, max_pause: float, as_json: bool) -> None:
     """
     from crtrace.capture.attach import attached
 
-    bar = Bar("image", lambda pages: human_bytes(pages * PAGE_SIZE))
-    with attached(Pid(pid), path, max_pause_ms=max_pause, progress=bar.update) as session:
+    with (
+        Bar("image", lambda pages: human_bytes(pages * PAGE_SIZE)) as bar,
+        attached(Pid(pid), path, max_pause_ms=max_pause, progress=bar.update) as session,
+    ):
         entry, stats = session.checkpoint("dump")
-    bar.clear()
     event = {
         "event": "checkpoint", "epoch": entry.epoch, "reason": "dump", "full": entry.full,
         "wall_ns": entry.wall_ns, **stats,

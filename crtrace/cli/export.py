@@ -42,9 +42,8 @@ def export(
     from crtrace.export.raw import export_raw
     from crtrace.image.reader import Chain
 
-    bar = Bar("exporting", human_bytes)
     lost: list[EpochLoss] = []
-    with Chain.open(chain, salvage=salvage) as opened:
+    with Bar("exporting", human_bytes) as bar, Chain.open(chain, salvage=salvage) as opened:
         number = opened.entry(epoch).epoch
         damage = None
         if salvage:
@@ -53,7 +52,6 @@ def export(
         parts = (export_core if kind == "core" else export_raw)(
             view, path, pid=pid, progress=bar.update
         )
-    bar.clear()
     size = path.stat().st_size
     if as_json:
         emit(
@@ -74,7 +72,6 @@ def _find_damage(chain: Chain, number: int) -> tuple[Suspects, list[EpochLoss]]:
     """What is damaged, and what the epoch lacks because of that."""
     from crtrace.analyze.verify import verify
 
-    bar = Bar("looking for damage", human_bytes)
-    report = verify(chain, number, bar.update)
-    bar.clear()
+    with Bar("looking for damage", human_bytes) as bar:
+        report = verify(chain, number, bar.update)
     return report.suspects, [loss for loss in report.lost if loss.epoch == number]

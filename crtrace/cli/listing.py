@@ -19,10 +19,8 @@ def list_(chain: Path, as_json: bool) -> None:
     from crtrace.analyze.summary import list_epochs
     from crtrace.image.reader import Chain
 
-    bar = Bar("reading")
-    with Chain.open(chain) as opened:
+    with Bar("reading") as bar, Chain.open(chain) as opened:
         epochs = list_epochs(opened, bar.update)
-    bar.clear()
     if as_json:
         emit({"chain": str(chain), "epochs": epochs})
         return

@@ -28,14 +28,10 @@ def merge(chain: Path, into: Path, epoch: int, as_json: bool) -> None:
     from crtrace.image.reader import Chain
     from crtrace.rewrite.merge import merge as write
 
-    bar = Bar("merging", lambda _: "")
-    try:
-        with Chain.open(chain) as opened:
-            view = opened.epoch(epoch)
-            entry = write(view, into, bar.update)
-            images = len(view.lineage)
-    finally:
-        bar.clear()
+    with Bar("merging", lambda _: "") as bar, Chain.open(chain) as opened:
+        view = opened.epoch(epoch)
+        entry = write(view, into, bar.update)
+        images = len(view.lineage)
     if as_json:
         emit(
             {

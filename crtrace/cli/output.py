@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime
-from typing import Any
+from typing import Any, Self
 
 import click
 
@@ -113,7 +113,8 @@ def clock(ns: int, precision: str = "seconds") -> str:
 
 
 class Bar:
-    """A progress bar on stderr while it is a terminal, and nothing elsewhere.
+    """A progress bar on stderr while it is a terminal, and nothing elsewhere; as a context manager:
+    after that it is gone, whatever came.
 
     ``update(done, total)`` may be called as often as one likes.
     """
@@ -124,6 +125,12 @@ class Bar:
         self._on = sys.stderr.isatty()
         self._percent = -1
         self._drawn = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.clear()
 
     def update(self, done: float, total: float) -> None:
         """Draw the bar if it looks different from before."""

@@ -32,11 +32,8 @@ def prune(chain: Path, keep: int, every: int | None, as_json: bool) -> None:
     """
     from crtrace.rewrite.prune import prune as thin_out
 
-    bar = Bar("writing anew", lambda _: "")
-    try:
+    with Bar("writing anew", lambda _: "") as bar:
         done = thin_out(chain, keep=keep, every=every or 0, progress=bar.update)
-    finally:
-        bar.clear()
     if as_json:
         emit(
             {

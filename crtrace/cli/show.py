@@ -32,10 +32,8 @@ def show(chain: Path, epoch: int, as_json: bool) -> None:
     from crtrace.analyze.summary import show as summarise
     from crtrace.image.reader import Chain
 
-    bar = Bar("reading")
-    with Chain.open(chain) as opened:
+    with Bar("reading") as bar, Chain.open(chain) as opened:
         facts = summarise(opened.epoch(epoch), bar.update)
-    bar.clear()
     if as_json:
         emit(facts)
         return

@@ -30,10 +30,8 @@ def verify(chain: Path, epoch: int | None, as_json: bool) -> None:
     from crtrace.analyze.verify import verify as check
     from crtrace.image.reader import Chain
 
-    bar = Bar("verifying", human_bytes)
-    with Chain.open(chain, salvage=True) as opened:
+    with Bar("verifying", human_bytes) as bar, Chain.open(chain, salvage=True) as opened:
         report = check(opened, epoch, bar.update)
-    bar.clear()
     if as_json:
         emit(report.to_json())
     else:

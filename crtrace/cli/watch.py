@@ -58,15 +58,18 @@ def watch(
     from crtrace.errors import TargetGone
 
     path = path or Path(f"crtrace-{pid}")
-    bar = Bar("first image", lambda pages: human_bytes(pages * PAGE_SIZE))
     say = emit if as_json else _print_event
     with listening() as requests:
         try:
-            with attached(
-                Pid(pid), path, tree=tree, max_pause_ms=max_pause, progress=bar.update
-            ) as session, closing(
-                Watch(session, requests, interval=interval, count=count, tree=tree)
-            ) as watched:  # fmt: skip
+            with (
+                Bar("first image", lambda pages: human_bytes(pages * PAGE_SIZE)) as bar,
+                attached(
+                    Pid(pid), path, tree=tree, max_pause_ms=max_pause, progress=bar.update
+                ) as session,
+                closing(
+                    Watch(session, requests, interval=interval, count=count, tree=tree)
+                ) as watched,
+            ):
                 note(f"watching {pid} ({session.process.comm}) into {path}")
                 if not session.heals:
                     note("its code or a shadow stack forbids the safest way to attach: had crtrace")
@@ -77,7 +80,6 @@ def watch(
                     say(event)
                     last, delayed = event["event"], event.get("reason", delayed)
         except StopNow as stop:
-            bar.clear()
             note("stopped at once; the committed epochs are whole")
             raise Failure(128 + stop.signum) from None
     if not watched.taken and last == "end":

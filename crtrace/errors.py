@@ -6,15 +6,19 @@ prints it. The codes are a contract: DESIGN.md, "Exit codes".
 
 from __future__ import annotations
 
+COMPARE_INSTEAD = "CRTRACE_ARMER=compare reads all memory instead"
+SEE_WHAT_IS_LOST = "crtrace verify tells what is lost; crtrace export --salvage writes what is left"
+
 
 class CrtraceError(Exception):
     """The root of all errors that crtrace raises on purpose: exit code 1."""
 
     exit_code = 1
+    usual_hint = ""
 
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
-        self.hint = hint
+        self.hint = hint or self.usual_hint
 
 
 class UsageError(CrtraceError):
@@ -59,12 +63,14 @@ class ImageDamaged(CrtraceError):
     """Bytes of an image are not what was written, or lie."""
 
     exit_code = 20
+    usual_hint = SEE_WHAT_IS_LOST
 
 
 class ChainIncomplete(CrtraceError):
     """An epoch that another one needs is not there."""
 
     exit_code = 21
+    usual_hint = SEE_WHAT_IS_LOST
 
 
 class FormatTooNew(CrtraceError):

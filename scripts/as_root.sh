@@ -21,3 +21,15 @@ asks_for_help() {
     done
     return 1
 }
+
+# Set up what a script in Python needs, and become it, as root: run_as_root SET FILE [ARGUMENT...].
+# PYTHONPATH: targets and the handshake with them are those of the tests.
+run_as_root() {
+    local self tree set=$1 file=$2
+    shift 2
+    self=$(readlink -f "$0")
+    tree=$(dirname "$(dirname "$self")")
+    asks_for_help "$@" || as_root "$self" "$@"
+    "$tree/scripts/setup" "$set" >&2
+    PYTHONPATH=$tree exec "$tree/.venv/bin/python" -P "$tree/scripts/$file" "$@"
+}

@@ -29,6 +29,18 @@ STATUS_PATIENCE = 0.2
 DAY = 86_400.0
 
 
+def checkpoint_event(entry: IndexEntry, reason: str, stats: dict[str, Any]) -> Event:
+    """What is told of a committed epoch."""
+    return {
+        "event": "checkpoint",
+        "epoch": entry.epoch,
+        "reason": reason,
+        "full": entry.full,
+        "wall_ns": entry.wall_ns,
+        **stats,
+    }
+
+
 class StopNow(BaseException):
     """The second SIGINT or SIGTERM: leave at once, with the committed epochs whole."""
 
@@ -160,14 +172,7 @@ class Watch:
     def _committed(self, entry: IndexEntry, stats: dict[str, Any], reason: str) -> Event:
         self.losses += stats["pages_unreadable"]
         self.limits += [limit for limit in stats["limits"] if limit not in self.limits]
-        return {
-            "event": "checkpoint",
-            "epoch": entry.epoch,
-            "reason": reason,
-            "full": entry.full,
-            "wall_ns": entry.wall_ns,
-            **stats,
-        }
+        return checkpoint_event(entry, reason, stats)
 
     def _exec_seen(self, pid: Pid) -> Event:
         """A process runs a new program; when it is the target, the next epoch is a full one."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from crtrace.cli.options import PATH
 from crtrace.cli.output import (
     Bar,
     Failure,
@@ -31,7 +32,7 @@ INTERVAL = 0.5
 
 @click.command()
 @click.option(
-    "-o", "--output", "path", type=click.Path(path_type=Path), metavar="DIR",
+    "-o", "--output", "path", type=PATH, metavar="DIR",
     help="Keep the chain there; by default it is thrown away.",
 )  # fmt: skip
 @json_option

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from crtrace.cli.options import chain_argument, epoch_option
+from crtrace.cli.options import PATH, chain_argument, epoch_option
 from crtrace.cli.output import LOSSES, Bar, Failure, emit, json_option, note
 from crtrace.cli.verify import describe_loss
 from crtrace.units import human_bytes
@@ -26,7 +26,12 @@ if TYPE_CHECKING:
     help="core: an ELF core file for debuggers; raw: the memory, with a map beside it.",
 )  # fmt: skip
 @click.option(
-    "-o", "--output", "path", type=click.Path(path_type=Path), metavar="PATH", required=True
+    "-o",
+    "--output",
+    "path",
+    type=PATH,
+    metavar="PATH",
+    required=True,
 )
 @click.option("--pid", type=int, help="Which process of a tree; by default the first.")
 @click.option(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from crtrace.cli.options import chain_argument, epoch_option
+from crtrace.cli.options import PATH, chain_argument, epoch_option
 from crtrace.cli.output import Bar, emit, json_option
 from crtrace.units import human_bytes
 
@@ -14,7 +14,7 @@ from crtrace.units import human_bytes
 @click.command()
 @chain_argument
 @click.option(
-    "--into", type=click.Path(path_type=Path), required=True, metavar="OUT",
+    "--into", type=PATH, required=True, metavar="OUT",
     help="The directory of the new chain; it must not be there yet.",
 )  # fmt: skip
 @epoch_option

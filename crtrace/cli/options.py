@@ -8,7 +8,9 @@ from typing import Any
 
 import click
 
-chain_argument = click.argument("chain", type=click.Path(path_type=Path), metavar="DIR")
+PATH = click.Path(path_type=Path, readable=False)
+"""Whether it can be read turns out: access(2), which click asks, knows nothing of capabilities."""
+chain_argument = click.argument("chain", type=PATH, metavar="DIR")
 epoch_option = click.option(
     "--epoch", type=int, default=-1, show_default="the newest",
     help="Which one; negative numbers count from the end.",
@@ -28,3 +30,9 @@ class FiniteRange(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is no finite number", param, ctx)
         return number
+
+
+max_pause_option = click.option(
+    "--max-pause", type=FiniteRange(min=3), default=10.0, show_default=True, metavar="MS",
+    help="Pre-copy until the pause is expected to be shorter than this.",
+)  # fmt: skip

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from crtrace.cli.options import MAX_PID, FiniteRange
+from crtrace.cli.options import MAX_PID, PATH, FiniteRange, max_pause_option
 from crtrace.cli.output import (
     LOSSES,
     Bar,
@@ -26,7 +26,7 @@ from crtrace.units import PAGE_SIZE, Pid, human_bytes
 @click.command()
 @click.argument("pid", type=click.IntRange(1, MAX_PID))
 @click.option(
-    "-o", "--output", "path", type=click.Path(path_type=Path), metavar="DIR",
+    "-o", "--output", "path", type=PATH, metavar="DIR",
     help="The chain to write; by default crtrace-PID.",
 )  # fmt: skip
 @click.option(
@@ -34,10 +34,7 @@ from crtrace.units import PAGE_SIZE, Pid, human_bytes
     help="Seconds between epochs; 0: only on SIGUSR1.",
 )  # fmt: skip
 @click.option("--count", type=click.IntRange(min=1), help="Stop after so many epochs.")
-@click.option(
-    "--max-pause", type=FiniteRange(min=3), default=10.0, show_default=True, metavar="MS",
-    help="Pre-copy until the pause is expected to be shorter than this.",
-)  # fmt: skip
+@max_pause_option
 @click.option(
     "--tree/--no-tree", default=False, show_default=True,
     help="Follow all that descend from it as well, in one pause for all.",

@@ -25,8 +25,14 @@ _HINTS = {
     errno.EDQUOT: "the disk quota is used up; committed epochs are whole",
     errno.EIO: "the storage reports a fault: see the kernel log; committed epochs are whole",
     errno.EROFS: "the file system is read-only",
+    errno.EACCES: "its owner can open it, or root; sudo chown -R hands a chain over",
     errno.ELOOP: "symbolic links are not followed here: name the real directory",
 }
+
+
+def no_space() -> OSError:
+    """Of a write that has written nothing."""
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def image_name(epoch: int, generation: int = 0) -> str:

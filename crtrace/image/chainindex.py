@@ -19,6 +19,7 @@ from crtrace.image.chaindir import (
     explained,
     image_name,
     is_image_name,
+    no_space,
 )
 from crtrace.image.framing import HEADER as RECORD_HEADER
 from crtrace.image.framing import MAJOR, MINOR
@@ -293,7 +294,7 @@ class IndexFile:
             try:
                 point("pwrite of the index entry")
                 if os.pwrite(self._fd, data, self._end) != len(data):
-                    raise OSError(28, "No space left on device")
+                    raise no_space()
                 point("fdatasync of the index")
                 os.fdatasync(self._fd)
             except BaseException:
@@ -334,7 +335,7 @@ def write_index(
         with explained("writing", directory.path / INDEX_NAME):
             point("pwrite of the index")
             if os.pwrite(fd, data, 0) != len(data):
-                raise OSError(28, "No space left on device")
+                raise no_space()
         directory.publish(fd, INDEX_NAME)
     except BaseException:
         directory.remove(INDEX_NAME + PART)

@@ -12,7 +12,7 @@ from xxhash import xxh3_128_digest
 
 from crtrace.errors import CrtraceError
 from crtrace.faults import point
-from crtrace.image.chaindir import PART, ChainDir, explained
+from crtrace.image.chaindir import PART, ChainDir, explained, no_space
 from crtrace.image.framing import (
     HEADER,
     MAX_RECORDS,
@@ -208,7 +208,7 @@ def _size(part: Part) -> int:
 def _after(parts: list[memoryview], done: int) -> list[memoryview]:
     """What is left to write after the first ``done`` bytes."""
     if not done:
-        raise OSError(28, "No space left on device")
+        raise no_space()
     for at, part in enumerate(parts):
         if done < part.nbytes:
             return [part[done:], *parts[at + 1 :]]

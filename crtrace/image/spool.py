@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from crtrace.faults import point
-from crtrace.image.chaindir import PART, ChainDir, explained
+from crtrace.image.chaindir import PART, ChainDir, explained, no_space
 from crtrace.image.codec import as_bytes
 from crtrace.image.framing import INDEX_HEAD
 from crtrace.image.pending import Entries
@@ -121,7 +121,7 @@ def _write(fd: int, left: memoryview, at: int) -> None:
         point("pwrite of a spool")
         done = os.pwrite(fd, left, at)
         if not done:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            raise no_space()
         left, at = left[done:], at + done
 
 

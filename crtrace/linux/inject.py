@@ -25,7 +25,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from crtrace.errors import CrtraceError, TargetBusy, TargetGone
+from crtrace.errors import COMPARE_INSTEAD, CrtraceError, NotPermitted, TargetBusy, TargetGone
 from crtrace.faults import point
 from crtrace.linux import ptrace as pt
 from crtrace.linux.libc import pidfd_getfd, ptrace
@@ -99,7 +99,9 @@ def find_gadgets(process: Process, vmas: list[Vma], limit: int = 64 << 20) -> Ga
         if process.maps() != vmas or all(vma.name != "[vdso]" for vma in vmas):
             # Only a part of the new program is there; the vdso comes last.
             raise calls_exec(process)
-        raise CrtraceError(f"process {process.pid} has no system call instruction to borrow")
+        raise CrtraceError(
+            f"process {process.pid} has no system call instruction to borrow", hint=COMPARE_INSTEAD
+        )
     return Gadgets(Addr(call or bare), b"\x0f\x05", Addr(0))
 
 
@@ -169,12 +171,23 @@ class Injector:
         self._memory = self._process.open("mem", os.O_RDWR)
         try:
             self._lay_way_back()
-            options = pt.O_TRACESYSGOOD | (pt.O_SUSPEND_SECCOMP if self._sandboxed() else 0)
-            ptrace(pt.SETOPTIONS, self._thread.tid, 0, options)
+            self._set_options()
         except BaseException:
             self.__exit__()
             raise
         return self
+
+    def _set_options(self) -> None:
+        """Hold off its sandbox, if it has one, until the thread is let go of."""
+        options = pt.O_TRACESYSGOOD | (pt.O_SUSPEND_SECCOMP if self._sandboxed() else 0)
+        try:
+            ptrace(pt.SETOPTIONS, self._thread.tid, 0, options)
+        except PermissionError as error:
+            raise NotPermitted(
+                f"process {self._process.pid} is in a sandbox (seccomp), which may not be held off",
+                hint="CAP_SYS_ADMIN and no seccomp filter of our own are needed for that; "
+                + COMPARE_INSTEAD,
+            ) from error
 
     def __exit__(self, *_: object) -> None:
         """Put everything back. If that fails for good, the target is left headed for home."""
@@ -324,7 +337,7 @@ class Injector:
             if sig not in (0, signal.SIGSTOP):
                 raise CrtraceError(
                     f"signal {sig} in process {self._process.pid} during an injected call",
-                    hint="its sandbox may forbid that system call; crtrace cannot track it",
+                    hint=f"its sandbox may forbid that system call; {COMPARE_INSTEAD}",
                 )
 
     def _give_back(self) -> None:
@@ -366,7 +379,7 @@ def _choose_thread(stopped: StoppedProcess, vmas: list[Vma]) -> tuple[pt.Tracee,
         return main, stack.start + need
     raise TargetBusy(
         f"process {stopped.process.pid} has no room left on its main stack",
-        hint="try again when it is less deep in calls",
+        hint=f"try again when it is less deep in calls; {COMPARE_INSTEAD}",
     )
 
 

@@ -38,7 +38,10 @@ def missing_capabilities() -> list[str]:
 def require_capabilities() -> None:
     """Raise ``NotPermitted`` naming what is missing."""
     if missing := missing_capabilities():
-        inside = "in a container, start it with --privileged, or with --cap-add for each"
+        inside = (
+            "in a container, start it with --privileged, or with --cap-add for each "
+            "and --security-opt seccomp=unconfined"
+        )
         raise NotPermitted(
             f"watching a process needs {', '.join(missing)}",
             hint="run as root: sudo scripts/crtrace …" if os.geteuid() else inside,

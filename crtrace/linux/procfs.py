@@ -293,7 +293,10 @@ class Process:
         if error.errno == errno.ESRCH or missing or unmounted:
             return self.gone()
         if error.errno in (errno.EACCES, errno.EPERM):
-            return NotPermitted(f"not allowed to read /proc/{self.pid}/{name}", hint="run as root")
+            return NotPermitted(
+                f"not allowed to open /proc/{self.pid}/{name}",
+                hint="run as root; for a process of another user, CAP_DAC_OVERRIDE is needed, too",
+            )
         return error
 
     def gone(self) -> CrtraceError:

@@ -271,7 +271,7 @@ def _explain_refusal(error: OSError, pid: Pid, tid: Pid) -> bool:
         ) from error
     raise NotPermitted(
         f"not allowed to trace thread {tid} of process {pid}: {error.strerror}",
-        hint="run as root, or as the target's own user with ptrace allowed",
+        hint="run as root; a security module may still forbid it (Yama's ptrace_scope 3 does)",
     ) from error
 
 

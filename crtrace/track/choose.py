@@ -35,8 +35,8 @@ WAYS = {
     ),
     SoftDirtyArmer.name: Way(
         SoftDirtyArmer, softdirty.try_on_ourselves,
-        "pages tell that they were written, so the pause grows slowly with the target,"
-        " and there is a second one before it where much was written",
+        "pages tell that they were written; there is a second pause before it where much was,"
+        " which grows slowly with the target, and so does the pause itself after Linux 6.12",
     ),
     CompareArmer.name: Way(
         CompareArmer, lambda: None,

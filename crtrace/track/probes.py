@@ -229,7 +229,7 @@ def _armer() -> str:
 @probe(
     "userfaultfd write protection", "better",
     follows="pauses can be short: the kernel notes the first write to each page",
-    otherwise="watch finds what was written in another way, and the pause grows with the target",
+    otherwise="watch finds what was written in another way: see \"armer\"",
     remedy="Linux 6.7 or later, with CONFIG_USERFAULTFD",
 )  # fmt: skip
 def _write_protection() -> str:

@@ -23,7 +23,7 @@ from functools import cache
 
 import numpy as np
 
-from crtrace.errors import FeatureMissing, TargetBusy, TargetGone
+from crtrace.errors import COMPARE_INSTEAD, FeatureMissing, TargetBusy, TargetGone
 from crtrace.faults import point
 from crtrace.linux import pagemap
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
@@ -160,7 +160,7 @@ class SoftDirtyArmer:
         except BlockingIOError as error:
             raise TargetBusy(
                 f"another crtrace watches process {self._process.pid} by soft-dirty bits",
-                hint="CRTRACE_ARMER=compare reads all memory instead",
+                hint=COMPARE_INSTEAD,
             ) from error
 
     def scan(self, space: AddressSpace, how: How) -> Scan:

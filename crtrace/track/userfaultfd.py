@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from crtrace.errors import FeatureMissing, TargetBusy, TargetGone
+from crtrace.errors import COMPARE_INSTEAD, FeatureMissing, TargetBusy, TargetGone
 from crtrace.linux import pagemap, uffd
 from crtrace.linux.addrspace import EVERYTHING, AddressSpace
 from crtrace.linux.inject import Injector, find_gadgets, read_ldt, take_descriptor
@@ -155,8 +155,9 @@ class UserfaultfdArmer:
         theirs, _ = self._scanner.scan(Filter(need=pagemap.WPALLOWED))
         if len(theirs):
             raise TargetBusy(
-                f"process {self._process.pid} tracks its own writes by userfaultfd: two cannot",
-                hint="CRTRACE_ARMER=compare reads all memory instead",
+                f"the writes of process {self._process.pid} are tracked by a userfaultfd already, "
+                "its own or another crtrace's: two cannot",
+                hint=COMPARE_INSTEAD,
             )
         try:
             with Injector(stopped, self._space.vmas, self._gadgets) as injector:

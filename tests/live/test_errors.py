@@ -240,6 +240,51 @@ def test_without_privileges_the_missing_ones_are_named(
     assert not chain.exists()
 
 
+def with_capabilities(*names: str) -> list[str]:
+    """What to put before a command so that it runs as a user with no others."""
+    given = ",".join(f"+{name}" for name in names) or "-all"
+    return [
+        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
+        *(f"--inh-caps={given}", f"--ambient-caps={given}"),
+    ]
+
+
+ENOUGH = "sys_ptrace", "bpf", "perfmon", "checkpoint_restore", "dac_read_search"
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_the_capabilities_that_readme_names_are_enough(spawn: Spawn, chain: Path) -> None:
+    os.chown(chain.parent, NOBODY, NOBODY)
+    others = spawn("threads")
+    options = "-o", chain, "--count", 2, "--interval", 0.1
+    with subprocess.Popen([*with_capabilities(), "sleep", "60"]) as own:
+        run("watch", own.pid, *options, before=with_capabilities(*ENOUGH)).expect(0)
+        own.kill()
+    assert verified(chain) == [0, 1]
+    shutil.rmtree(chain)
+    refused = watch_once(others.pid, chain, before=with_capabilities(*ENOUGH))
+    refused.expect(11, f"/proc/{others.pid}/mem", "CAP_DAC_OVERRIDE")
+    more = with_capabilities(*ENOUGH, "dac_override")
+    run("watch", others.pid, *options, before=more).expect(0)
+    assert verified(chain) == [0, 1]
+    others.terminate_and_check()
+
+
+@pytest.mark.usefixtures("userfaultfd")
+def test_a_sandbox_takes_one_more_capability(spawn: Spawn, chain: Path) -> None:
+    os.chown(chain.parent, NOBODY, NOBODY)
+    target = spawn("corners", "--in", "seccomp_kill")
+    snapshot = Untouched(target.pid)
+    before = with_capabilities(*ENOUGH, "dac_override")
+    result = watch_once(target.pid, chain, before=before)
+    result.expect(11, "sandbox", "CAP_SYS_ADMIN", "CRTRACE_ARMER=compare")
+    snapshot.assert_same()
+    watch_once(target.pid, chain, before=before, env={"CRTRACE_ARMER": "compare"}).expect(0)
+    more = with_capabilities(*ENOUGH, "dac_override", "sys_admin")
+    watch_once(target.pid, chain, before=more).expect(0)
+    target.obey("check")
+
+
 def test_without_kernel_headers_the_feature_is_missing(
     spawn: Spawn, chain: Path, tmp_path: Path
 ) -> None:
@@ -293,13 +338,8 @@ def test_an_output_that_others_may_write_is_refused(spawn: Spawn, chain: Path) -
 
 def test_an_output_that_may_not_be_made_is_a_matter_of_permission(spawn: Spawn) -> None:
     """A user with everything that watching takes, but no say over other people's directories."""
-    capabilities = "+sys_ptrace,+sys_admin,+bpf,+perfmon,+checkpoint_restore,+dac_read_search"
-    before = [
-        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
-        *(f"--inh-caps={capabilities}", f"--ambient-caps={capabilities}"),
-    ]
     path = Path("/not-for-everybody")
-    result = watch_once(spawn("threads").pid, path, before=before)
+    result = watch_once(spawn("threads").pid, path, before=with_capabilities(*ENOUGH))
     result.expect(11, f"permission denied while making {path}")
     assert not path.exists()
 
@@ -732,7 +772,9 @@ def test_an_export_onto_a_full_disk_leaves_nothing(spawn: Spawn, chain: Path, di
 def test_a_target_that_tracks_its_own_writes_is_busy(spawn: Spawn, tmp_path: Path) -> None:
     target = spawn("lazy", "--async", 1)
     path = tmp_path / "chain"
-    run("watch", target.pid, "-o", path, "--count", 1).expect(13, "tracks its own writes")
+    run("watch", target.pid, "-o", path, "--count", 1).expect(
+        13, "tracked by a userfaultfd already"
+    )
     compare = {"CRTRACE_ARMER": "compare"}
     run("watch", target.pid, "-o", path, "--count", 2, "--interval", 0.1, env=compare).expect(0)
     assert verified(path) == [0, 1]

@@ -73,7 +73,10 @@ class MappedObject:
         written = any(m.vma.shared and m.vma.flags & WRITE for m in self.mappings)
         if self.facts.memory or written or not nobody_writes(self.fd):
             return None
-        about = os.fstat(self.fd)
+        try:
+            about = os.fstat(self.fd)
+        except OSError:  # whoever serves it is gone
+            return None
         if about.st_ctime_ns > time.time_ns() - SETTLED_NS:
             return None
         return about.st_size, about.st_ctime_ns, *self.extent().ravel().tolist()
@@ -90,7 +93,7 @@ class MappedObject:
     def open(self) -> bool:
         """Open the object itself; False where it went away between two looks, as its VMAs did."""
         for mapping in self.mappings:
-            with suppress(FileNotFoundError, ProcessLookupError):
+            with suppress(OSError):
                 self.fd = open_mapped(mapping.target.process, mapping.vma)
                 return True
         return False
@@ -106,8 +109,15 @@ class MappedObject:
 
         Memory objects and deleted files tell their holes. Of a file that is still on disk, it is
         the pages that targets have in their page tables, and those (``known`` page numbers) that an
-        earlier epoch stored: to read it all could mean to read a whole disk.
+        earlier epoch stored: to read it all could mean to read a whole disk. Where nobody can tell,
+        it is all of them, to be found unreadable.
         """
+        try:
+            return self._populated(known)
+        except OSError:  # whoever serves the file is gone
+            return self.extent()
+
+    def _populated(self, known: U64) -> U64:
         size = os.fstat(self.fd).st_size
         end = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
         inside = intersect(self.extent(), np.array([[0, max(end, 0)]], dtype=np.uint64))

@@ -21,7 +21,7 @@ from crtrace.capture.state import FileBook, Snapshot
 from crtrace.capture.target import Target
 from crtrace.capture.tree import ProgramChanged, StoppedTree, Tree
 from crtrace.capture.work import Part, Work
-from crtrace.errors import TargetBusy, TargetGone
+from crtrace.errors import CrtraceError, LeaderGone, TargetBusy, TargetGone
 from crtrace.image.chainindex import IndexEntry
 from crtrace.image.imagewriter import ImageWriter
 from crtrace.image.store import ChainWriter
@@ -141,7 +141,7 @@ class Session:
                 if not full and self.program_changed():
                     raise ProgramChanged(f"process {self.process.pid} called execve")
                 return self._attempt(reason, full)
-            except TargetGone as error:
+            except (TargetGone, LeaderGone) as error:  # of any in the tree
                 if not full and self.program_changed():
                     raise ProgramChanged(f"process {self.process.pid} called execve") from error
                 if self._tree.over or not any(process.alive() for process in self.processes):
@@ -496,7 +496,7 @@ class Session:
             part = work.parts[target.space]
             part.direct = target.reads_directly()
             if part.last.bounded:
-                with suppress(TargetGone):
+                with suppress(CrtraceError):  # it ended, or calls exec: the epoch is complete
                     tgids = self._tree.tgids(target)
                     part.late = target.look_back(tgids, part.gone, self._beside)
             if part.late:
@@ -509,7 +509,8 @@ class Session:
         """Which pages BPF has seen written in the generation before the last switch."""
         marked = self._marks.drain()
         for target in self._tree.targets():
-            part = work.parts[target.space]
+            if not (part := work.parts.get(target.space)):
+                continue  # it was met in the stop of a round
             numbers = target.marked_under(self._tree.tgids(target))
             pages = pages_under(numbers, marked)
             target.marked(pages, pages_under([n | MARKED_AGAIN for n in numbers], marked))

@@ -15,7 +15,7 @@ from crtrace.linux.pagemap import scanner
 from crtrace.linux.pins import Pins
 from crtrace.linux.procfs import Process, Stat
 from crtrace.linux.ptrace import signals_held
-from crtrace.linux.stop import StoppedProcess
+from crtrace.linux.stop import StoppedProcess, reaping
 from crtrace.track.armer import Armer, How, Scan, Told
 from crtrace.track.choose import choose
 from crtrace.track.compare import CompareArmer
@@ -72,7 +72,12 @@ class Target:
         """
         armer = choose(self.process, self.map)
         try:
-            with signals_held(), StoppedProcess(self.process) as stopped:
+            # Should it be killed, its first thread is reported only when the others are reaped.
+            with (
+                signals_held(),
+                StoppedProcess(self.process) as stopped,
+                reaping([stopped]),
+            ):
                 if not self.lives():
                     raise TargetGone(f"process {self.process.pid} runs a new program")
                 armer.arm(stopped)
@@ -290,7 +295,7 @@ class Advice:
         that is only done for full images."""
         self.flags = {}
         span = (0, 0)
-        for line in process.read("smaps").decode(errors="replace").splitlines():
+        for line in process.read("smaps").decode(errors="replace").split("\n")[:-1]:
             word, _, rest = line.partition(" ")
             if word == "VmFlags:":
                 self.flags[span] = sum(_ADVICE.get(name, 0) for name in rest.split())

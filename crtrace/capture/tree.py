@@ -233,6 +233,7 @@ class Tree:
         if followed == self._all_met and not lost:
             return []  # to look through the targets takes a pause 0.1 ms
         known = {member.tgid for member in self.members}
+        known |= {int(pid) for pid in self.refused}  # they are asked again between the pauses
         fresh = [tgid for tgid in self._marks.targets() if tgid not in known]
         self._all_met = None if fresh else followed
         if lost or (self._nested and fresh):

@@ -101,12 +101,12 @@ class AddressSpace:
         if vma.device not in self._huge:
             try:
                 fd = open_mapped(self._process, vma)
+                try:
+                    self._huge[vma.device] = os.fstatvfs(fd).f_bsize >= _HUGE
+                finally:
+                    os.close(fd)
             except OSError as error:
                 return error.errno != errno.ENOENT  # else it is gone again, with its pages
-            try:
-                self._huge[vma.device] = os.fstatvfs(fd).f_bsize >= _HUGE
-            finally:
-                os.close(fd)
         return self._huge[vma.device]
 
     @property
@@ -137,7 +137,9 @@ class AddressSpace:
 
         It takes the kernel time in proportion to all memory that is in use.
         """
-        return empty_vmas(self._process.read("smaps"))
+        if not (raw := self._process.read("smaps")):
+            raise self._process.gone()
+        return empty_vmas(raw)
 
     def touching(self, ranges: U64) -> list[Vma]:
         """The VMAs that hold a page of the range array, each once."""

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from crtrace.errors import TargetGone
+from crtrace.errors import CrtraceError
 from crtrace.linux.procfs import Process
 from crtrace.units import Pid
 
@@ -45,7 +45,10 @@ class ProcessEvents:
     def __init__(self) -> None:
         from pyroute2.netlink.connector import cn_proc
 
-        self._parse = cn_proc.ProcEventMarshal().parse
+        marshal = cn_proc.ProcEventMarshal()
+        # It would decode the new name of a process, anybody's, which need not be UTF-8.
+        marshal.msg_map[cn_proc.PROC_EVENT_COMM] = cn_proc.proc_event_base
+        self._parse = marshal.parse
         self._socket = socket.socket(
             socket.AF_NETLINK, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK, _NETLINK_CONNECTOR
         )
@@ -144,7 +147,7 @@ class Accounting:
         totals = dict.fromkeys(_PAID.values(), 0)
         threads: list[Pid] = []
         for process in processes:
-            with suppress(TargetGone):
+            with suppress(CrtraceError):
                 threads += process.threads()
         for tid in threads:
             for name, value in self._thread(tid).items():

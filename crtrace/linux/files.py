@@ -88,7 +88,7 @@ def nobody_writes(fd: int) -> bool:
 
 def read_build_id(fd: int) -> bytes:
     """The GNU build id of an ELF file; empty when it has none or is no ELF file."""
-    with suppress(OSError, struct.error):
+    with suppress(OSError, OverflowError, struct.error):  # whatever the file says
         head = os.pread(fd, 64, 0)
         if head[:5] != b"\x7fELF\x02":
             return b""

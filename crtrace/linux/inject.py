@@ -30,7 +30,7 @@ from crtrace.faults import point
 from crtrace.linux import ptrace as pt
 from crtrace.linux.libc import pidfd_getfd, ptrace
 from crtrace.linux.procfs import EXEC, Process, Vma, calls_exec
-from crtrace.linux.registers import Registers
+from crtrace.linux.registers import CODE_64, Registers
 from crtrace.linux.stop import StoppedProcess, twice
 from crtrace.linux.waits import started_again
 from crtrace.units import Addr
@@ -371,7 +371,13 @@ def _choose_thread(stopped: StoppedProcess, vmas: list[Vma]) -> tuple[pt.Tracee,
     """
     stack = next((vma for vma in vmas if vma.name == "[stack]"), None)
     main = stopped.main()
-    pointer = main.registers()["rsp"]
+    registers = main.registers()
+    if registers["cs"] != CODE_64:
+        raise TargetBusy(
+            f"process {stopped.process.pid} runs 32-bit code just now",
+            hint=f"try again; {COMPARE_INSTEAD}",
+        )
+    pointer = registers["rsp"]
     need = pt.XSTATE_MAX + _FRAMES * _FRAME_SIZE + SCRATCH_SIZE + 256
     if stack is None or (stack.start + need <= pointer - RED_ZONE and pointer < stack.end):
         return main, pointer - RED_ZONE

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from crtrace.errors import CrtraceError
+from crtrace.errors import TargetBusy
 from crtrace.linux.addrspace import AddressSpace
 from crtrace.linux.procfs import Process
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, merge, no_pages, pairs
@@ -81,7 +81,7 @@ class Pins:
         return any(v.name.startswith("socket:[") and v.offset in _XDP_RINGS for v in space.vmas)
 
     def ranges(self, process: Process) -> U64:
-        """The pages of all fixed buffers as registered now; quick. Raises ``CrtraceError`` when a
+        """The pages of all fixed buffers as registered now; quick. Raises ``TargetBusy`` when a
         ring stays busy, so that it does not tell."""
         if not self.rings:
             return no_pages()
@@ -157,7 +157,11 @@ def _buffers(process: Process, fd: str) -> U64:
             return np.array(spans, dtype=np.uint64) if spans else no_pages()
         if not info:
             return no_pages()
-    raise CrtraceError(f"io_uring {fd} of process {process.pid} does not tell its buffers")
+    raise TargetBusy(
+        f"io_uring {fd} of process {process.pid} is in use all the time, and does not tell its "
+        "buffers",
+        hint="try again",
+    )
 
 
 def _pages(spans: U64, unit: int) -> U64:

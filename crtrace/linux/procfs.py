@@ -36,7 +36,7 @@ READ, WRITE, EXEC, SHARED = 1, 2, 4, 8
 _MAPS_LINE = re.compile(
     rb"^([0-9a-f]+)-([0-9a-f]+) (\S{4}) ([0-9a-f]+) ([0-9a-f]+):([0-9a-f]+) (\d+) *(.*)$", re.M
 )
-_ESCAPE = re.compile(rb"\\([0-7]{3})")
+_ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 FileKey = tuple[int, int, int]
@@ -169,6 +169,8 @@ def parse_stat(raw: str) -> Stat:
 
 EXEC_TIME = 0.2
 """Seconds that a process may take to end all other threads when one calls ``execve``."""
+EXEC_WAITS = 1.0
+"""The same, while some of them are seen to end: one may have to wait for a disk first."""
 EXEC_BLINK = 0.02
 """Seconds that it may look as if it had ended, while the one that calls becomes the first."""
 PF_EXITING, PF_IO_WORKER, PF_KTHREAD = 0x4, 0x10, 0x00200000
@@ -308,10 +310,12 @@ class Process:
         began = time.monotonic()
         while not self.alive():
             waited = time.monotonic() - began
-            others = self._others_go_on()
-            if not others and waited > EXEC_BLINK:
+            others = self._others()
+            if True not in others and waited > EXEC_BLINK:
                 return self._exited()
-            if waited > EXEC_TIME:
+            if False in others and waited > EXEC_WAITS:
+                break
+            if False not in others and waited > EXEC_TIME:
                 return LeaderGone(
                     f"the first thread of process {self.pid} has exited, others run on: "
                     "not supported",
@@ -320,12 +324,13 @@ class Process:
             time.sleep(0.001)
         return calls_exec(self)
 
-    def _others_go_on(self) -> bool:
-        """Whether a thread but the first lives on."""
+    def _others(self) -> set[bool | None]:
+        """Of the threads but the first, whether they go on: False for those that are about to end,
+        None for those that have."""
         with suppress(OSError):
             every = (Pid(int(name)) for name in os.listdir(f"/proc/{self.pid}/task"))
-            return any(_goes_on(self.pid, tid) for tid in every if tid != self.pid)
-        return False
+            return {_goes_on(self.pid, tid) for tid in every if tid != self.pid}
+        return set()
 
     def _exited(self) -> TargetGone:
         return TargetGone(f"process {self.pid} has exited")
@@ -413,11 +418,13 @@ def calls_exec(process: Process) -> TargetBusy:
     return TargetBusy(f"process {process.pid} has just called execve", hint="try again")
 
 
-def _goes_on(pid: Pid, tid: Pid) -> bool:
-    """Whether a thread lives and is not about to end."""
+def _goes_on(pid: Pid, tid: Pid) -> bool | None:
+    """Whether a thread is not about to end; None if it has."""
     stat, status = thread_stat(pid, tid), thread_status(pid, tid)
+    if not stat or stat.state in "ZX":
+        return None
     killed = int(status.get("SigPnd", "0"), 16) >> (signal.SIGKILL - 1) & 1
-    return bool(stat and stat.state not in "ZX" and not stat.flags & PF_EXITING and not killed)
+    return not (stat.flags & PF_EXITING or killed)
 
 
 def _no_such(pid: Pid, error: OSError) -> Exception:

@@ -15,8 +15,8 @@ from crtrace.linux.libc import ptrace, waitpid, words
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.units import Pid
 
-CONT, SYSCALL, DETACH = 7, 24, 17
-SETOPTIONS, GETREGSET, SETREGSET = 0x4200, 0x4204, 0x4205
+CONT, GETREGS, SETREGS, DETACH, SYSCALL = 7, 12, 13, 17, 24
+SETOPTIONS, GETREGSET = 0x4200, 0x4204
 SEIZE, INTERRUPT = 0x4206, 0x4207
 PEEKSIGINFO, GETSIGMASK, SETSIGMASK = 0x4209, 0x420A, 0x420B
 _PEEKED = 64
@@ -51,15 +51,20 @@ class Tracee:
             raise
         return ctypes.string_at(self.buffer, iov[1])
 
+    def read_general(self) -> bytes:
+        """The general registers, all 64 bits of each whatever code runs: what NT_PRSTATUS holds,
+        but of 32-bit code GETREGSET has other ones."""
+        ptrace(GETREGS, self.tid, 0, ctypes.addressof(self.buffer))
+        return ctypes.string_at(self.buffer, REGS_SIZE)
+
     def registers(self) -> Registers:
         """The general registers now."""
-        return Registers(self.read_regset(NT_PRSTATUS, REGS_SIZE))
+        return Registers(self.read_general())
 
     def set_registers(self, registers: Registers) -> None:
         """Replace the general registers in one step."""
         raw = ctypes.create_string_buffer(registers.pack(), REGS_SIZE)
-        iov = words(ctypes.addressof(raw), REGS_SIZE)
-        ptrace(SETREGSET, self.tid, NT_PRSTATUS, ctypes.addressof(iov))
+        ptrace(SETREGS, self.tid, 0, ctypes.addressof(raw))
 
     def read_sigmask(self) -> int:
         """The blocked signals, bit 0 for signal 1."""
@@ -82,7 +87,7 @@ class Tracee:
 
     def capture(self) -> None:
         """Read registers, extended state and signals into this object."""
-        self.prstatus = self.read_regset(NT_PRSTATUS, REGS_SIZE)
+        self.prstatus = self.read_general()
         self.xstate = self.read_regset(NT_X86_XSTATE, XSTATE_MAX)
         self.sigmask = self.read_sigmask()
         self.pending = self.read_pending()

@@ -11,6 +11,8 @@ _NAMES = (
     "ds", "es", "fs", "gs",
 )  # fmt: skip
 REGS_SIZE = _REGS.size
+CODE_64 = 0x33
+"""What ``cs`` is in 64-bit code; a 64-bit program may have 32-bit code, too."""
 
 
 class Registers:

@@ -22,13 +22,12 @@ from crtrace.linux.ptrace import (
     DETACH,
     EVENT_STOP,
     INTERRUPT,
-    NT_PRSTATUS,
     SEIZE,
     WALL,
     XSTATE_MAX,
     Tracee,
 )
-from crtrace.linux.registers import REGS_SIZE, Registers
+from crtrace.linux.registers import Registers
 from crtrace.linux.waits import cut_short, started_again
 from crtrace.units import Pid
 
@@ -325,7 +324,8 @@ def _has_stopped(tid: Pid) -> bool | None:
         return False
     if status >> 16 == EVENT_STOP:
         return True
-    twice(ptrace, CONT, tid, 0, os.WSTOPSIG(status))  # else the signal would be lost
+    with suppress(ProcessLookupError):  # killed since
+        twice(ptrace, CONT, tid, 0, os.WSTOPSIG(status))  # else the signal would be lost
     return None
 
 
@@ -372,7 +372,7 @@ def _give_back_wait(pid: Pid, tracee: Tracee) -> bool:
     """Rewind a wait that our stop ended, unless a signal of its own is there to end it."""
     try:
         # What a pause has read of it holds as long as that lasts.
-        state = tracee.prstatus or tracee.read_regset(NT_PRSTATUS, REGS_SIZE)
+        state = tracee.prstatus or tracee.read_general()
         if not cut_short(state):
             return False
         status = thread_status(pid, tracee.tid)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from crtrace.linux.registers import REGS_SIZE, Registers
+from crtrace.linux.registers import CODE_64, REGS_SIZE, Registers
 
 NEVER_RESTARTED = {
     45: "recvfrom", 46: "sendmsg", 47: "recvmsg", 44: "sendto", 42: "connect", 43: "accept",
@@ -25,15 +25,15 @@ NEVER_RESTARTED = {
 """By number. The socket calls are here for those with SO_RCVTIMEO or SO_SNDTIMEO."""
 
 
-_RESULT_AND_CALL = struct.Struct("<80xq32xQ")
-"""``rax`` and ``orig_rax`` in the general registers."""
+_RESULT_CALL_AND_CODE = struct.Struct("<80xq32xQ8xQ")
+"""``rax``, ``orig_rax`` and ``cs`` in the general registers."""
 
 
 def cut_short(state: bytes) -> bool:
     """Whether a stopped thread, whose general registers these are, is about to return EINTR from a
     wait that is never restarted."""
-    result, call = _RESULT_AND_CALL.unpack_from(state)
-    return result == -errno.EINTR and call in NEVER_RESTARTED
+    result, call, code = _RESULT_CALL_AND_CODE.unpack_from(state)
+    return result == -errno.EINTR and call in NEVER_RESTARTED and code == CODE_64
 
 
 def started_again(registers: Registers) -> Registers:

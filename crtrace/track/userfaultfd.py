@@ -175,6 +175,8 @@ class UserfaultfdArmer:
                 f"process {self._process.pid} has no free descriptor",
                 hint="one is needed for a moment; raise its RLIMIT_NOFILE with prlimit(1)",
             )
+        if error.errno == errno.ESRCH:
+            return TargetGone(f"process {self._process.pid} was killed while it was armed")
         if error.errno == errno.ENOSYS:
             return FeatureMissing("this kernel has no userfaultfd")
         return error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -150,3 +151,31 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 *totals.values()
             )
         )
+
+
+PAUSE_FOR_EVER = """
+void _start(void)
+{
+        for (;;) {
+                int result;
+                __asm__ volatile("int $0x80" : "=a"(result) : "0"(29) : "memory");
+        }
+}
+"""
+
+
+def program_of_32_bits(directory: Path) -> Path:
+    """A program that waits for ever; skips where it cannot be made, or run."""
+    source, program = directory / "pause.c", directory / "pause"
+    source.write_text(PAUSE_FOR_EVER)
+    alone = ["-static", "-nostdlib", "-fno-pic", "-no-pie", "-fno-stack-protector"]
+    built = subprocess.run(
+        ["gcc", "-m32", *alone, "-o", program, source], capture_output=True, check=False
+    )
+    if built.returncode:
+        pytest.skip("cannot run here: gcc makes no 32-bit programs")
+    try:
+        subprocess.Popen([program]).kill()
+    except OSError:
+        pytest.skip("cannot run here: the kernel runs no 32-bit programs")
+    return program

@@ -22,6 +22,7 @@ from crtrace.image.reader import Chain
 from crtrace.linux.procfs import Process, is_32_bit
 from crtrace.units import Pid
 from tests.image.tamper import take_apart
+from tests.live.conftest import program_of_32_bits
 from tests.live.exactness import reader
 from tests.live.harness import (
     Target,
@@ -168,30 +169,8 @@ def test_a_process_under_gdb_is_busy_and_gdb_is_named(
     target.terminate_and_check()
 
 
-PAUSE_FOR_EVER = """
-void _start(void)
-{
-        for (;;) {
-                int result;
-                __asm__ volatile("int $0x80" : "=a"(result) : "0"(29) : "memory");
-        }
-}
-"""
-
-
 def test_a_32_bit_program_is_refused(tmp_path: Path, chain: Path) -> None:
-    source, program = tmp_path / "pause.c", tmp_path / "pause"
-    source.write_text(PAUSE_FOR_EVER)
-    alone = ["-static", "-nostdlib", "-fno-pic", "-no-pie", "-fno-stack-protector"]
-    built = subprocess.run(
-        ["gcc", "-m32", *alone, "-o", program, source], capture_output=True, check=False
-    )
-    if built.returncode:
-        pytest.skip("cannot run here: gcc makes no 32-bit programs")
-    try:
-        process = subprocess.Popen([program])
-    except OSError:
-        pytest.skip("cannot run here: the kernel runs no 32-bit programs")
+    process = subprocess.Popen([program_of_32_bits(tmp_path)])
     try:
         result = watch_once(process.pid, chain)
         assert process.poll() is None

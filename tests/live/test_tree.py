@@ -15,14 +15,16 @@ from typing import Any
 import pytest
 
 from crtrace.capture import tree
-from crtrace.capture.tree import Tree
+from crtrace.capture.target import Target as AddressSpaceTarget
+from crtrace.capture.tree import StoppedTree, Tree
 from crtrace.errors import LeaderGone, TargetBusy
-from crtrace.linux.procfs import Process
+from crtrace.linux.procfs import Process, parents
 from crtrace.linux.ptrace import Tracee
+from crtrace.track.armer import Scan
 from crtrace.track.dirty import CHILD
 from crtrace.units import PAGE_SIZE, Pid
-from tests.live.conftest import Spawn
-from tests.live.exactness import Judged, judged, reader
+from tests.live.conftest import Spawn, program_of_32_bits
+from tests.live.exactness import Judged, acting, judged, reader, take_with
 from tests.live.harness import Untouched, status, tasks, wait_until
 from tests.live.runner import Watching, run, verified
 
@@ -378,3 +380,86 @@ def test_a_member_that_execs_is_a_new_program(spawn: Spawn, tmp_path: Path) -> N
                 assert not epoch.header.full
         os.kill(child, signal.SIGTERM)
         parent.wait(10)
+
+
+def test_a_32_bit_child_is_left_out_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = program_of_32_bits(tmp_path)
+    stopped: list[Pid] = []
+    stop = StoppedTree._stop_stranger
+
+    def counted(self: StoppedTree, process: Process) -> None:
+        stopped.append(process.pid)
+        stop(self, process)
+
+    monkeypatch.setattr(StoppedTree, "_stop_stranger", counted)
+    with shell(f"read -r line; {program} & wait") as parent:
+        with judged(parent.pid, tmp_path / "chain", tree=True) as judge:
+            judge.take()
+            take_with(judge, lambda: _begin(parent), "_pause")
+            (child,) = children_of(parent.pid)
+            for _ in range(2):
+                judge.take()
+                assert pids_of(judge) == {parent.pid}
+                assert any(f"process {child} is left out" in x for x in judge.stats[-1]["limits"])
+            assert stopped.count(child) <= 1
+            assert status(child)["State"][0] == "S"
+        os.kill(child, signal.SIGKILL)
+
+
+def _begin(parent: subprocess.Popen[bytes]) -> None:
+    go(parent)
+    wait_until(lambda: any(_name(pid) == "pause" for pid in children_of(parent.pid)), "it runs")
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
+
+
+def children_of(pid: int) -> list[Pid]:
+    """The children of a process."""
+    return [child for child, parent in parents().items() if parent == pid]
+
+
+def test_a_child_that_is_met_in_the_stop_of_a_round_is_no_failure(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where scans need all stopped: then rounds meet new members, too."""
+    target = spawn("spawner")
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        root = judge.session._tree.root.target
+        monkeypatch.setattr(type(root.armer), "stands_still", True)
+        monkeypatch.setattr(judge.session, "_bearable", lambda: -1)
+        children: list[int] = []
+
+        def fork_once() -> None:
+            if not children:
+                children.extend(child["pid"] for child in target.ask("fork 1 16"))
+
+        with acting(judge.session, "_standing_still", fork_once):
+            judge.take()
+        assert pids_of(judge) == {target.pid, *children}
+        judge.take()
+
+
+def test_a_child_whose_leader_ends_in_a_round_is_left_out(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("spawner")
+    (child,) = (each["pid"] for each in target.ask("fork 1 16"))
+    scan = AddressSpaceTarget.scan
+    gone: list[int] = []
+
+    def without_leader(self: AddressSpaceTarget, *args: Any, **how: Any) -> Scan:
+        if self.process.pid == child and not gone:
+            gone.append(child)
+            raise LeaderGone(f"the first thread of process {child} has exited")
+        return scan(self, *args, **how)
+
+    with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+        judge.take()
+        monkeypatch.setattr(AddressSpaceTarget, "scan", without_leader)
+        judge.take()
+    assert gone == [child]

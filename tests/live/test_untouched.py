@@ -21,10 +21,10 @@ from crtrace.capture.tree import ProgramChanged
 from crtrace.demo.judge import Judge
 from crtrace.errors import CrtraceError, TargetBusy, TargetGone
 from crtrace.image.store import ChainWriter
-from crtrace.linux import stop
+from crtrace.linux import ptrace, stop
 from crtrace.linux.libc import kernel_version
 from crtrace.linux.procfs import Process
-from crtrace.linux.ptrace import INTERRUPT
+from crtrace.linux.ptrace import INTERRUPT, Tracee
 from crtrace.linux.stop import StoppedProcess
 from crtrace.track.dirty import WrittenPages
 from crtrace.track.loader import Programs
@@ -113,6 +113,7 @@ def inner_pid(target: Target) -> int:
         ("pending", []),
         ("tiny_stack", []),
         ("coroutine", []),
+        ("code32", ["registers"]),
         ("short_threads", [*THREADS_CHANGE, *MAPPINGS_CHANGE, "Threads"]),
         ("parent", []),
         ("uring_worker", []),
@@ -411,6 +412,32 @@ def test_a_vfork_that_begins_before_the_stop_keeps_only_its_own_thread(spawn: Sp
     target.obey("go")
     assert os.waitpid(tracer, 0)[1] == 0
     end(target)
+
+
+# --- being killed ---
+
+
+@pytest.mark.usefixtures("userfaultfd")
+@pytest.mark.parametrize("step", ["ptrace", "waitpid"])
+def test_who_is_killed_in_an_injected_call_is_gone(
+    spawn: Spawn, tmp_path: Path, programs: Programs, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """Its first thread is reported only when the others, which we hold, have been reaped."""
+    target = spawn("threads")
+    resume, act = Tracee.resume, getattr(ptrace, step)
+
+    def after_a_kill(*arguments: Any) -> Any:
+        os.kill(target.pid, signal.SIGKILL)
+        return act(*arguments)
+
+    def resume_once(self: Tracee, request: int, sig: int = 0) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ptrace, step, after_a_kill)
+            return resume(self, request, sig)
+
+    monkeypatch.setattr(Tracee, "resume", resume_once)
+    with pytest.raises(TargetGone), watched(target.pid, tmp_path / "chain", programs):
+        pass
 
 
 # --- exec ---

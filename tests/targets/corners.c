@@ -397,6 +397,50 @@ static bool takes_turns(void)
 	return turns > before;
 }
 
+/* --- 32-bit code in a 64-bit program, as in those that run other systems' programs --- */
+
+static volatile uint32_t *turns32;
+
+static void *run_code32(void *unused)
+{
+	/* again: incl turns32; jmp again */
+	unsigned char code[] = { 0xff, 0x05, 0, 0, 0, 0, 0xeb, 0xf8 };
+	unsigned char *low = mmap(NULL, 8192, PROT_READ | PROT_WRITE | PROT_EXEC,
+				  MAP_PRIVATE | MAP_ANONYMOUS | MAP_32BIT, -1, 0);
+	uint32_t counter = (uintptr_t)low + 4096;
+	sigset_t all;
+
+	(void)unused;
+	if (low == MAP_FAILED)
+		die("mmap");
+	sigfillset(&all);
+	pthread_sigmask(SIG_BLOCK, &all, NULL);
+	memcpy(code + 2, &counter, sizeof(counter));
+	memcpy(low, code, sizeof(code));
+	turns32 = (void *)(low + 4096);
+	/* The segments of 32-bit code. */
+	__asm__ volatile("mov %0, %%ds\n\tpushq $0x23\n\tpushq %1\n\tlretq"
+			 : : "r"(0x2b), "r"(low) : "memory");
+	return NULL;
+}
+
+static void enter_code32(void)
+{
+	start(run_code32, NULL);
+	while (!turns32 || !*turns32)
+		nap_ms(1);
+	serve();
+}
+
+static bool turns_in_code32(void)
+{
+	uint32_t before = *turns32;
+
+	for (int tries = 0; tries < 10000 && *turns32 == before; tries++)
+		nap_ms(1);
+	return *turns32 != before;
+}
+
 /* The first thread ends at once, or when told to. */
 static void enter_without_leader(void)
 {
@@ -674,6 +718,7 @@ static const struct condition conditions[] = {
 	{ "tiny_stack", enter_tiny_stack, NULL, NULL },
 	{ "coroutine", enter_coroutine, nothing_written_below, NULL },
 	{ "short_threads", enter_short_threads, takes_turns, NULL },
+	{ "code32", enter_code32, turns_in_code32, NULL },
 	{ "without_leader", enter_without_leader, NULL, NULL },
 	{ "leader_leaves", enter_leader_leaves, NULL, let_leader_leave },
 	{ "vfork", enter_vfork, NULL, vfork_or_exec },

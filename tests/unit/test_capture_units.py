@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,15 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from crtrace.capture.copy import chunks
+from crtrace.capture.target import Advice
 from crtrace.capture.work import Part, Work
+from crtrace.errors import TargetGone
+from crtrace.image.tables import VmaFlag
+from crtrace.linux.addrspace import AddressSpace
+from crtrace.linux.files import read_build_id
 from crtrace.linux.inject import rewound, signal_frame, signal_xstate
-from crtrace.linux.procfs import EXEC, READ, SHARED, WRITE, parse_maps, parse_stat
+from crtrace.linux.procfs import EXEC, READ, SHARED, WRITE, Process, parse_maps, parse_stat
 from crtrace.linux.registers import REGS_SIZE, Registers
 from crtrace.linux.waits import cut_short, started_again
 from crtrace.track.armer import Scan
 from crtrace.track.dirty import decode
 from crtrace.track.windows import middle
-from crtrace.units import CHUNK_PAGES, U64, expand, merge, no_pages, to_ranges
+from crtrace.units import CHUNK_PAGES, U64, Pid, expand, merge, no_pages, to_ranges
 
 page_sets = st.sets(st.integers(0, 5000), max_size=1500)
 
@@ -71,6 +77,36 @@ def test_maps_are_parsed_with_their_odd_names() -> None:
     assert (none.flags, none.name) == (0, "")
 
 
+def test_a_name_may_look_like_an_escape_that_is_none() -> None:
+    (vma,) = parse_maps(rb"00400000-00401000 r--s 00000000 00:01 7   /memfd:\777\012 (deleted)")
+    assert vma.name == "/memfd:\\777\n (deleted)"
+
+
+def test_flags_are_read_whatever_mappings_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = b"00400000-00401000 r--p 0 00:01 7 /odd\r\v\x1c\xc2\x85name\n"
+    lines = head + b"Rss: 0 kB\nVmFlags: rd dd\n"
+    monkeypatch.setattr(Process, "read", lambda process, name: lines)
+    advice = Advice()
+    with Process(Pid(os.getppid())) as process:
+        advice.read(process)
+    assert advice.flags == {(0x400000, 0x401000): VmaFlag.DONT_DUMP}
+
+
+def test_who_has_no_memory_left_has_nothing_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Process(Pid(os.getppid())) as process:
+        space = AddressSpace(process)
+        monkeypatch.setattr(Process, "read", lambda process, name: b"")
+        monkeypatch.setattr(Process, "alive", lambda process: False)
+        with pytest.raises(TargetGone):
+            space.empty()
+
+
+def test_a_file_may_lie_about_its_build_id(tmp_path: Path) -> None:
+    (tmp_path / "elf").write_bytes(b"\x7fELF\x02".ljust(32, b"\0") + b"\xff" * 32)
+    with open(tmp_path / "elf", "rb") as file:
+        assert read_build_id(file.fileno()) == b""
+
+
 def test_stat_is_parsed_though_the_name_has_parentheses() -> None:
     with open("/proc/self/stat") as file:
         numbers = file.read().rpartition(")")[2]
@@ -103,12 +139,13 @@ def test_a_finished_call_is_not_rewound() -> None:
 
 
 @pytest.mark.parametrize(
-    ("rax", "number", "expected"), [(-4, 232, True), (-4, 35, False), (0, 232, False)]
+    ("rax", "number", "code", "expected"),
+    [(-4, 232, 0x33, True), (-4, 35, 0x33, False), (0, 232, 0x33, False), (-4, 232, 0x23, False)],
 )
 def test_only_waits_that_are_never_restarted_are_given_back(
-    rax: int, number: int, expected: bool
+    rax: int, number: int, code: int, expected: bool
 ) -> None:
-    stopped = registers(rax=rax, orig_rax=number, rip=0x1002)
+    stopped = registers(rax=rax, orig_rax=number, rip=0x1002, cs=code)
     assert cut_short(stopped.pack()) is expected
     assert started_again(stopped)["rip"] == 0x1000
 

@@ -31,7 +31,7 @@ from crtrace.linux.procfs import Process
 from crtrace.linux.ptrace import signals_held
 from crtrace.linux.waits import guards_in_vain
 from crtrace.track.armer import Scan
-from crtrace.track.dirty import MARKED_AGAIN, Coverage, WrittenPages, pages_under
+from crtrace.track.dirty import Coverage, WrittenPages, pages_under
 from crtrace.units import (
     CHUNK_PAGES,
     U64,
@@ -98,12 +98,13 @@ class Session:
         with ExitStack() as undo:
             self._tree = Tree(process, marks, self._spaces, follow)
             undo.callback(self._tree.close)
-            self._pipeline = Pipeline()
-            undo.callback(self._pipeline.close)
             # Two walks of a scan at once take 0.6 of the time, where two processors are free.
             self._beside = ThreadPoolExecutor(1, "beside")
             undo.callback(self._beside.shutdown)
-            self._beside.submit(int)  # so that the thread is there before the first pause
+            with signals_held():
+                self._pipeline = Pipeline()
+                self._beside.submit(int)  # so that the thread is there before the first pause
+            undo.callback(self._pipeline.close)
             self._accounting = open_accounting()
             if self._accounting:
                 undo.callback(self._accounting.close)
@@ -161,10 +162,13 @@ class Session:
             return self._take(work, reason, full)
         finally:
             for target in self._tree.targets():
-                if part := work.parts.get(target.space):
-                    target.carried = no_pages() if work.committed else part.scanned
+                part = work.parts.get(target.space)
                 if not work.committed:
-                    target.doubt()
+                    target.failed()
+                if part:
+                    target.carried = no_pages() if work.committed else part.scanned
+                if part and not work.committed:
+                    target.recent = merge(target.recent, part.suspect, part.doubted)
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
@@ -511,9 +515,9 @@ class Session:
         for target in self._tree.targets():
             if not (part := work.parts.get(target.space)):
                 continue  # it was met in the stop of a round
-            numbers = target.marked_under(self._tree.tgids(target))
-            pages = pages_under(numbers, marked)
-            target.marked(pages, pages_under([n | MARKED_AGAIN for n in numbers], marked))
+            tgids = self._tree.tgids(target)
+            pages, again = pages_under(target.marked_under(tgids), marked)
+            target.marked(pages, again, tgids)
             part.marked = distinct(np.concatenate([part.marked, pages]))
 
     def _describe(self, image: ImageWriter, work: Work, snapshots: list[Snapshot]) -> None:

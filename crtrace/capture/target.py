@@ -45,6 +45,8 @@ class Target:
         self.revisit = no_pages()
         """What the last epoch was in doubt about; see ``Part``."""
         self.visited_before = False
+        self._unsure = False
+        """Whether the next scan may find more than was written since the one before."""
         """Somebody else was in its memory since the last scan and before this epoch began."""
         self._guide: Guide | None = None
         self._map_as_of: tuple[int, ...] = ()
@@ -156,15 +158,19 @@ class Target:
         """
         told = self._guide.told(tgids) if self._guide else Told()
         guide = self._guide_for(tgids)
+        unsure, self._unsure = self._unsure, False
         if not guide:
-            self.doubt()
-            return self.armer.scan(self.map, How(stopped, ahead, beside=beside, told=told))
+            scan = self.armer.scan(self.map, How(stopped, ahead, beside=beside, told=told))
+            if self._guide:
+                self._guide.doubt()
+                self._guide.scanned(no_pages(), turned=turned, stopped=stopped)
+            return scan
         basis = guide.basis(tgids, self.map.changes)
         within = guide.bounds(tgids, turned=turned) if guide.holds(basis) else None
         scan = self.armer.scan(self.map, How(stopped, ahead, within, beside, told))
         if not scan.bounded:
             guide.everything_seen(basis)
-        guide.scanned(scan.written, turned=turned, stopped=stopped)
+        guide.scanned(no_pages() if unsure else scan.written, turned=turned, stopped=stopped)
         return scan
 
     def written_now(self, tgids: list[int]) -> int:
@@ -194,15 +200,18 @@ class Target:
         that is known. What he has pinned there may change after a scan has armed it."""
         return self._guide is None or self._guide.visited()
 
-    def marked(self, pages: U64, again: U64) -> None:
+    def marked(self, pages: U64, again: U64, tgids: list[int]) -> None:
         """BPF has marked ``pages``, page numbers, before its last switch of generations; ``again``:
         more than once."""
         if self._guide:
             private = self.map.private
-            self._guide.await_faults(*(each[contains(private, each)] for each in (pages, again)))
+            ours, twice = (each[contains(private, each)] for each in (pages, again))
+            self._guide.await_faults(ours, twice, tgids)
 
-    def doubt(self) -> None:
-        """Something failed: the next scan looks at everything."""
+    def failed(self) -> None:
+        """An epoch came to nothing: the next scan looks at everything, and may find more than was
+        written since."""
+        self._unsure = True
         if self._guide:
             self._guide.doubt()
 
@@ -214,8 +223,7 @@ class Target:
         before = guide.basis(tgids, self.map.changes)
         found = guide.unexplained(self.armer.look(self.map, beside), tgids, gone)
         self.map.refresh()
-        late = guide.judge(found, before, guide.basis(tgids, self.map.changes))
-        return found if late else 0
+        return guide.judge(found, before, guide.basis(tgids, self.map.changes))
 
     @property
     def compared(self) -> bool:

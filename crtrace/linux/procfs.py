@@ -173,6 +173,8 @@ EXEC_WAITS = 1.0
 """The same, while some of them are seen to end: one may have to wait for a disk first."""
 EXEC_BLINK = 0.02
 """Seconds that it may look as if it had ended, while the one that calls becomes the first."""
+EXEC_LOOKS = 3
+"""So many looks in a row must have found the same."""
 PF_EXITING, PF_IO_WORKER, PF_KTHREAD = 0x4, 0x10, 0x00200000
 _AT_PAGESZ = 6
 
@@ -307,15 +309,18 @@ class Process:
         That is so too when only the first thread has exited and others run on; and for a moment
         when another than the first calls ``execve``, which makes that one end.
         """
-        began = time.monotonic()
+        began, before, looks = time.monotonic(), 0.0, 0
         while not self.alive():
-            waited = time.monotonic() - began
-            others = self._others()
-            if True not in others and waited > EXEC_BLINK:
-                return self._exited()
-            if False in others and waited > EXEC_WAITS:
-                break
-            if False not in others and waited > EXEC_TIME:
+            waited, others = time.monotonic() - began, self._others()
+            ending = EXEC_WAITS if False in others else EXEC_TIME
+            limit = ending if True in others else EXEC_BLINK
+            # One look may fall between two steps of an execve, however late it comes.
+            before, looks = limit, looks + 1 if limit == before else 0
+            if waited > limit and looks >= EXEC_LOOKS:
+                if limit == EXEC_BLINK:
+                    return self._exited()
+                if limit == EXEC_WAITS:
+                    break
                 return LeaderGone(
                     f"the first thread of process {self.pid} has exited, others run on: "
                     "not supported",

@@ -111,8 +111,10 @@ class Tracee:
 
 @contextmanager
 def signals_held() -> Iterator[None]:
-    """Keep our own SIGINT and SIGTERM pending: inside, a stop must not be left half done."""
-    held = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+    """Keep signals to us pending: inside, a stop must not be left half done, nor last as long as
+    Ctrl-Z does. For the thread that calls this, and for those that it makes inside: a signal goes
+    to whichever thread lets it."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP}
     before = signal.pthread_sigmask(signal.SIG_BLOCK, held)
     try:
         yield

@@ -408,6 +408,7 @@ def _detach_running(tids: list[Pid]) -> None:
 
 def _detached(tid: Pid) -> bool:
     """Detach if the thread has stopped; True as well when it is not ours any more."""
+    before = thread_stat(tid, tid)
     try:
         got, status = os.waitpid(tid, WALL | os.WNOHANG)
     except ChildProcessError:
@@ -415,4 +416,6 @@ def _detached(tid: Pid) -> bool:
     if got and os.WIFSTOPPED(status):
         with suppress(ProcessLookupError):  # killed since
             ptrace(DETACH, tid, 0, 0 if status >> 16 == EVENT_STOP else os.WSTOPSIG(status))
+    if not got and before and before.state == "t":
+        return _detach(tid)  # its stop was reported before
     return bool(got)

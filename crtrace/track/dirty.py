@@ -323,6 +323,10 @@ class WrittenPages:
         """What a plain visit has marked may still be to come: nothing equals that."""
         return next(self._never) if visits.plain else 0
 
+    def lost(self, tgids: Iterable[int]) -> int:
+        """How many marks found no room, or were not told of."""
+        return self._get("totals", _UNTOLD) + sum(self.counts(tgid).lost for tgid in tgids)
+
     def map_evidence(self, space: int, tgids: Iterable[int]) -> tuple[int, ...]:
         """What must stay as it is for the map of an address space to be the same."""
         visits = self.visits(space)
@@ -428,10 +432,14 @@ class WrittenPages:
         return _by_process(*self._written[self._generation].peek())
 
 
-def pages_under(numbers: Iterable[int], marked: dict[int, U64]) -> U64:
-    """What is marked under any of the numbers, ascending."""
-    sets = [marked[number] for number in numbers if number in marked]
-    return distinct(np.concatenate([np.empty(0, dtype=np.uint64), *sets]))
+def pages_under(numbers: Iterable[int], marked: dict[int, U64]) -> tuple[U64, U64]:
+    """Of what was drained, what is marked under any of the numbers, and what of it more than once:
+    under one of them, or under two. Page numbers, ascending."""
+    once = [marked[number] for number in numbers if number in marked]
+    pages = np.sort(np.concatenate([np.empty(0, dtype=np.uint64), *once]))
+    more = [marked[n | MARKED_AGAIN] for n in numbers if n | MARKED_AGAIN in marked]
+    again = np.concatenate([pages[1:][pages[1:] == pages[:-1]], *more])
+    return distinct(pages), distinct(again)
 
 
 def _by_process(keys: Array, values: Array) -> dict[int, U64]:

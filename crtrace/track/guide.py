@@ -19,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
+from crtrace.linux.addrspace import EVERYTHING
 from crtrace.track.armer import Look, Told
-from crtrace.track.dirty import Evidence, WrittenPages, taken_and_split
+from crtrace.track.dirty import MARKED_AGAIN, Evidence, WrittenPages, taken_and_split
 from crtrace.units import (
     REGION_PAGES,
     U64,
@@ -50,6 +52,13 @@ class Basis:
     that can set some."""
 
 
+class Unexplained(NamedTuple):
+    """Pages that have changed without a mark: written, or without contents any more."""
+
+    written: int
+    gone: int
+
+
 class Guide:
     """Bounds the scans of one address space; ``space`` is BPF's name of it, ``number`` what the
     writes of others to it are marked under; ``by_bits``: soft-dirty bits tell what is written."""
@@ -65,6 +74,9 @@ class Guide:
         """From before everything was last looked at; None: look at everything."""
         self._found: U64 | None = None
         self._in_flight = no_pages()
+        """Where faults may be under way that are marked in an earlier generation."""
+        self._lost = 0
+        """Marks that found no room, as of the last pause."""
         self._blind = False
         self._tgids: set[int] = set()
         self._foreign = 0
@@ -125,6 +137,7 @@ class Guide:
         faults = sum(self._marks.counts(tgid).faults for tgid in tgids)
         if (visits.begun, faults) != (self._begun, self._faults):
             self.doubt()
+        self._lost = self._marks.lost(tgids)
         self._written_by_others = visits.written
 
     def written_by_others(self) -> int:
@@ -137,7 +150,9 @@ class Guide:
 
         ``turned``: that was before the last switch of generations, and this one follows it.
         """
-        regions = self._marks.regions([*tgids, self.number], before=turned)
+        numbers = [*tgids, self.number]
+        numbers += [number | MARKED_AGAIN for number in numbers]  # a switch may have parted the two
+        regions = self._marks.regions(numbers, before=turned)
         return merge(regions, self._in_flight)
 
     def everything_seen(self, basis: Basis) -> None:
@@ -154,25 +169,32 @@ class Guide:
         self._since = None
 
     def scanned(self, written: U64, *, turned: bool, stopped: bool) -> None:
-        """A scan has found ``written``; ``turned``: right after a switch of generations."""
-        self._found = written if turned else None
+        """A scan has found ``written``; ``turned``: right after a switch of generations. If that
+        is not what was written since the scan before, but more, it tells nothing: ``no_pages()``.
+        """
+        self._found = written if turned and not stopped else None
         if stopped:
             self._in_flight = no_pages()
 
-    def await_faults(self, pages: U64, again: U64) -> None:
-        """BPF has marked ``pages``, page numbers, before its last switch of generations, and
-        ``again`` more than once.
+    def await_faults(self, pages: U64, again: U64, tgids: Collection[int]) -> None:
+        """BPF has marked ``pages``, page numbers in order, before its last switch of generations,
+        and ``again`` more than once; of who runs in it.
 
         A fault marks its page before it changes it: what was marked and not found by the scan that
-        followed may still be to come, and a huge page with it. So may the other one of two faults.
+        followed may still be to come, and a huge page with it. So may the other one of two faults
+        on one page; or on a huge page, which is found as a whole when one of them has made it.
         """
         if self._found is not None:
             coming = np.concatenate((pages[~contains(self._found, pages)], again))
-            regions = to_ranges(distinct(coming // np.uint64(REGION_PAGES)))
-            self._in_flight = merge(regions * np.uint64(REGION_PAGES))
+            unmarked = subtract(self._found, to_ranges(pages))
+            huge = intersect(_marked_twice(pages), _regions_of(unmarked))
+            regions = merge(to_ranges(distinct(coming // np.uint64(REGION_PAGES))), huge)
+            self._in_flight = merge(self._in_flight, regions * np.uint64(REGION_PAGES))
+            if self._marks.lost(tgids) != self._lost:
+                self._in_flight = EVERYTHING
         self._found = None
 
-    def unexplained(self, look: Look, tgids: Collection[int], gone: U64) -> int:
+    def unexplained(self, look: Look, tgids: Collection[int], gone: U64) -> Unexplained:
         """Pages that have changed since the pause without a mark; ``look`` was taken after it, and
         ``gone`` had no contents in it."""
         numbers = [*tgids, self.number, *self._marks.sharers()]  # children that nobody has met yet
@@ -183,18 +205,37 @@ class Guide:
         more = merge(gone, _whole_regions(look.written)) if self._by_bits else gone
         ours = merge(ours, intersect(self._marks.regions(numbers), more))
         written = subtract(look.written, ours)
-        return count_pages(written) + count_pages(subtract(look.absent, gone))
+        return Unexplained(count_pages(written), count_pages(subtract(look.absent, gone)))
 
-    def judge(self, unexplained: int, before: Basis, after: Basis) -> bool:
-        """Whether so many pages are late: they have changed although no count has. ``before`` and
-        ``after`` that look at everything."""
-        moved = self._since is not None and self._since.moved != after.moved
-        late = unexplained > 0 and self.holds(after) and not moved
-        self._blind |= late
-        if unexplained:
+    def judge(self, unexplained: Unexplained, before: Basis, after: Basis) -> int:
+        """How many of these pages are late: they have changed although no count has. ``before`` and
+        ``after`` that look at everything.
+
+        Where huge pages are split, zeros go; but only soft-dirty bits say then that something was
+        written.
+        """
+        late = 0
+        if self.holds(after):
+            moved = self._since is not None and self._since.moved != after.moved
+            late += 0 if moved and self._by_bits else unexplained.written
+            late += 0 if moved else unexplained.gone
+        self._blind |= late > 0
+        if any(unexplained):
             self.doubt()
         self.looked_ahead(before)
         return late
+
+
+def _marked_twice(pages: U64) -> U64:
+    """Ranges of regions that have more than one of the pages, which are in order."""
+    regions = pages // np.uint64(REGION_PAGES)
+    return to_ranges(distinct(regions[1:][regions[1:] == regions[:-1]]))
+
+
+def _regions_of(ranges: U64) -> U64:
+    """Ranges of the regions that page ranges touch."""
+    end = (ranges[:, 1] + np.uint64(REGION_PAGES - 1)) // np.uint64(REGION_PAGES)
+    return merge(pairs(ranges[:, 0] // np.uint64(REGION_PAGES), end))
 
 
 def _whole_regions(ranges: U64) -> U64:

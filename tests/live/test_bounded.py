@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import threading
@@ -16,14 +17,15 @@ import numpy as np
 import pytest
 
 import crtrace.capture.target
+from crtrace.linux.addrspace import EVERYTHING
 from crtrace.linux.pagemap import SWAPPED, Filter
 from crtrace.linux.procfs import Process
 from crtrace.track import loader, softdirty, userfaultfd, windows
 from crtrace.track.bytecode import BpfMap
-from crtrace.track.dirty import Evidence, WrittenPages
+from crtrace.track.dirty import MARKED_AGAIN, Evidence, WrittenPages, pages_under
 from crtrace.track.guide import Guide
 from crtrace.track.loader import Loading, kernel_types
-from crtrace.units import PAGE_SIZE, U64, Pid
+from crtrace.units import PAGE_SIZE, U64, Pid, no_pages
 from tests.live.conftest import Spawn, armed_by, asked_of, skip_unless_visits_are_told
 from tests.live.exactness import Judged, acting, judged, take_with
 from tests.live.harness import Target, flip_byte, maps
@@ -123,9 +125,9 @@ def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
         it.take()
 
 
-@pytest.mark.usefixtures("armer")
+@pytest.mark.parametrize("splitting", [False, True])
 def test_what_nobody_could_notice_is_told_afterwards(
-    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, armer: str, splitting: bool
 ) -> None:
     # Where kprobes are allowed, what others write is marked.
     monkeypatch.setattr(Loading, "_cover", lambda loading, code, fds: ())
@@ -136,11 +138,13 @@ def test_what_nobody_could_notice_is_told_afterwards(
         assert judge.take()
         assert judge.stats[-1]["scans_bounded"]
         evidence = WrittenPages.evidence
+        counter = itertools.count()
 
         def as_if_no_count_had_changed(
             marks: WrittenPages, space: int, tgids: list[int]
         ) -> Evidence:
-            return replace(evidence(marks, space, tgids), counts=(), splits=0)
+            splits = next(counter) if splitting else 0
+            return replace(evidence(marks, space, tgids), counts=(), splits=splits)
 
         monkeypatch.setattr(WrittenPages, "evidence", as_if_no_count_had_changed)
         monkeypatch.setattr(WrittenPages, "migrations", lambda marks: 0)
@@ -153,6 +157,9 @@ def test_what_nobody_could_notice_is_told_afterwards(
 
         monkeypatch.setattr(judge.session, "_pause", write_unnoticed)
         _, stats = judge.session.checkpoint("late")
+        if splitting and armer == "soft-dirty":  # that could explain it
+            assert stats["pages_late"] == 0
+            return
         assert stats["pages_late"] == 1
         assert any("1 pages changed unnoticed" in limit for limit in stats["limits"])
         for _ in range(2):  # that way of scanning is not trusted any more
@@ -161,8 +168,12 @@ def test_what_nobody_could_notice_is_told_afterwards(
 
 
 @pytest.mark.usefixtures("userfaultfd")
-def test_the_second_of_two_faults_on_a_page_is_awaited(spawn: Spawn, tmp_path: Path) -> None:
+def test_the_second_of_two_faults_on_a_page_is_awaited(
+    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The first one has made the page written, so the scan that found it has armed it."""
+    # Where kprobes are allowed, what we do would be marked, too.
+    monkeypatch.setattr(Loading, "_cover", lambda loading, code, fds: ())
     target = spawn("layout")
     page = target.ask("areas")["anon_written"]["addr"]
     with judged(target.pid, tmp_path / "chain") as judge:
@@ -320,19 +331,64 @@ def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
             assert [a == b for a, b in zip(before, after, strict=True)] == [True, False]
 
 
-def test_a_fault_under_way_over_the_first_scan_is_awaited_in_its_whole_region(
-    spawn: Spawn,
-) -> None:
+@pytest.fixture
+def guide(spawn: Spawn) -> Iterator[Guide]:
+    """The guide of a target that nothing happens to."""
     with Loading().result() as programs, Process(Pid(spawn("layout").pid)) as process:
         marks = WrittenPages(programs)
-        guide = Guide(marks, *marks.space_behind(partial(_look, process)))
-        found = np.array([[1000, 1002]], dtype=np.uint64)
-        guide.scanned(found, turned=True, stopped=False)
-        marked, again = np.array([1000, 1001, 5000], dtype=np.uint64), np.empty(0, dtype=np.uint64)
-        guide.await_faults(marked, again)
-        assert guide.bounds([1], turned=False).tolist() == [[4608, 5120]]
-        guide.scanned(found, turned=False, stopped=True)
-        assert not len(guide.bounds([1], turned=False))
+        yield Guide(marks, *marks.space_behind(partial(_look, process)))
+
+
+def numbers(*pages: int) -> U64:
+    return np.array(pages, dtype=np.uint64)
+
+
+@pytest.mark.parametrize(
+    ("found", "marked", "again", "awaited"),
+    [
+        ([1000, 1002], [1000, 1001], [], []),
+        ([1000, 1002], [1000, 1001, 5000], [], [[4608, 5120]]),
+        ([1000, 1002], [1000, 1001], [1001], [[512, 1024]]),
+        # A huge page that one of several faults has made, or the only one.
+        ([512, 1024], [512, 700], [], [[512, 1024]]),
+        ([512, 1024], [512], [], []),
+        ([512, 1536], [600, 1100], [], []),
+    ],
+)
+def test_what_may_be_under_way_over_the_first_scan_is_awaited(
+    guide: Guide, found: list[int], marked: list[int], again: list[int], awaited: list[list[int]]
+) -> None:
+    guide.scanned(numbers(*found).reshape(-1, 2), turned=True, stopped=False)
+    guide.await_faults(numbers(*marked), numbers(*again), [])
+    assert guide.bounds([1], turned=False).tolist() == awaited
+    # Another attempt at the same epoch waits for it as well.
+    guide.scanned(no_pages(), turned=True, stopped=False)
+    guide.await_faults(numbers(), numbers(), [])
+    assert guide.bounds([1], turned=False).tolist() == awaited
+    guide.scanned(no_pages(), turned=False, stopped=True)
+    assert not len(guide.bounds([1], turned=False))
+
+
+def test_nobody_is_awaited_where_all_stood_still(guide: Guide) -> None:
+    guide.scanned(no_pages(), turned=True, stopped=True)
+    guide.await_faults(numbers(1000), numbers(1000), [])
+    assert not len(guide.bounds([1], turned=False))
+
+
+def test_where_marks_found_no_room_everybody_is_awaited(
+    guide: Guide, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(WrittenPages, "lost", lambda marks, tgids: 1)
+    guide.scanned(no_pages(), turned=True, stopped=False)
+    guide.await_faults(numbers(), numbers(), [])
+    assert guide.bounds([1], turned=False).tolist() == EVERYTHING.tolist()
+
+
+def test_what_two_have_marked_is_marked_twice() -> None:
+    marked = {7: numbers(3, 4), 8: numbers(4, 5), 7 | MARKED_AGAIN: numbers(3), 9: numbers(6)}
+    pages, again = pages_under([7, 8], marked)
+    assert (pages.tolist(), again.tolist()) == ([3, 4, 5], [3, 4])
+    assert [len(each) for each in pages_under([1], marked)] == [0, 0]
 
 
 def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import shutil
 import signal
 import struct
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -198,6 +200,16 @@ def test_what_is_half_way_through_an_execve_is_waited_for(monkeypatch: pytest.Mo
         reads.clear()
         assert is_32_bit(process)
         assert reads == ["auxv"] * 3
+
+
+def test_who_is_looked_at_late_in_an_execve_has_not_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps of it nobody is seen; a busy machine may have us wait before that look."""
+    alive, clock = iter([False, False, True, True]), itertools.count()
+    with Process(Pid(os.getppid())) as process:
+        monkeypatch.setattr(Process, "alive", lambda process: next(alive))
+        monkeypatch.setattr(Process, "_others", lambda process: {None})
+        monkeypatch.setattr(time, "monotonic", lambda: float(next(clock)))
+        assert isinstance(process.gone(), TargetBusy)
 
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOENT])

@@ -25,7 +25,7 @@ from crtrace.track.dirty import (
     WrittenPages,
     vmstat,
 )
-from crtrace.track.guide import Guide
+from crtrace.track.guide import Guide, Unexplained
 from crtrace.track.loader import KEY, Loading, Programs
 from crtrace.units import PAGE_SIZE, Pid, no_pages
 from tests.live.conftest import Spawn
@@ -212,7 +212,7 @@ def test_a_fault_between_the_scan_of_a_pause_and_what_follows_is_looked_for() ->
         assert not guide.holds(basis)
         # To look at everything while it goes on does not help.
         guide.looked_ahead(basis)
-        assert not guide.judge(0, basis, basis)
+        assert not guide.judge(Unexplained(0, 0), basis, basis)
         assert not guide.holds(basis)
 
 
@@ -226,7 +226,8 @@ def test_what_a_child_in_the_same_memory_writes_is_not_late(flags: int, unexplai
         key["tgid"], key["region"], word["word"][0, 0] = 7, 5, 1
         bpf.update(marks._maps["written0"], key, word)
         look = Look(np.array([[5 * 512, 5 * 512 + 1]], dtype=np.uint64), no_pages())
-        assert Guide(marks, 99, NO_PROCESS).unexplained(look, [1], no_pages()) == unexplained
+        guide = Guide(marks, 99, NO_PROCESS)
+        assert guide.unexplained(look, [1], no_pages()) == (unexplained, 0)
 
 
 def test_counters_of_the_kernel_are_read_to_the_last() -> None:

@@ -414,6 +414,45 @@ def test_a_vfork_that_begins_before_the_stop_keeps_only_its_own_thread(spawn: Sp
     end(target)
 
 
+# --- signals to us ---
+
+
+def test_signals_to_crtrace_wait_for_the_end_of_a_pause(spawn: Spawn, tmp_path: Path) -> None:
+    """The first thread holds them in a pause, so no other may take them."""
+    held = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGTSTP}
+    with Watching(spawn("threads").pid, tmp_path / "chain", "--interval", 0) as watching:
+        watching.event("checkpoint")
+        blocked = [
+            int(status(tid)["SigBlk"], 16) for tid in tasks(watching.pid) if tid != watching.pid
+        ]
+    assert len(blocked) > 1
+    assert all(mask >> number - 1 & 1 for mask in blocked for number in held)
+
+
+def test_a_release_that_was_cut_short_is_brought_to_its_end(
+    spawn: Spawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = spawn("threads")
+    let_go = StoppedProcess._let_go
+    cut_short = [target.pid]
+
+    def interrupted(self: StoppedProcess, tid: Pid) -> None:
+        if tid in cut_short:
+            cut_short.remove(tid)
+            raise KeyboardInterrupt
+        let_go(self, tid)
+
+    monkeypatch.setattr(StoppedProcess, "_let_go", interrupted)
+    with (
+        Process(Pid(target.pid)) as process,
+        pytest.raises(KeyboardInterrupt),
+        StoppedProcess(process),
+    ):
+        pass
+    assert {status(target.pid, tid)["TracerPid"] for tid in tasks(target.pid)} == {"0"}
+    target.terminate_and_check()
+
+
 # --- being killed ---
 
 

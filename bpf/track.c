@@ -88,7 +88,7 @@ enum marked { NO_ROOM, NEWLY, AGAIN };
 
 static __always_inline enum marked mark_under(u32 number, u64 address)
 {
-	struct region_key key = { .tgid = number, .region = address >> REGION_SHIFT };
+	struct region_key key = { .number = number, .region = address >> REGION_SHIFT };
 	struct region_bits *bits = find_region(&key);
 
 	/* Once more where the generation has changed between the two steps. */
@@ -365,7 +365,7 @@ static __always_inline void visit(u64 space, bool writes, bool over)
 {
 	u64 who = bpf_get_current_pid_tgid();
 	u32 tgid = who >> 32;
-	int ours = CONTROLLER_TGID, own = CONTROLLER_SPACE, last = CONTROLLER_VISITED;
+	int ours = CONTROLLER_TGID, own = CONTROLLER_MM, last = CONTROLLER_VISITED;
 	u64 *value = controller.lookup(&ours);
 
 	if (value && *value == tgid) {

@@ -12,7 +12,7 @@
 
 /* Process numbers are those of the initial PID namespace, whatever namespace crtrace runs in. */
 struct region_key {
-	__u32 tgid; /* or the number of an address space, for what others write to it; MARKED_AGAIN */
+	__u32 number; /* of the process that writes; or of the address space that others write to */
 	__u32 reserved;
 	__u64 region; /* address >> REGION_SHIFT */
 };
@@ -67,7 +67,7 @@ enum total {
  * address space is named by the address of its mm_struct, which nobody reads through. */
 enum controller {
 	CONTROLLER_TGID,    /* its number in the initial PID namespace */
-	CONTROLLER_SPACE,   /* its own address space */
+	CONTROLLER_MM,      /* its own address space */
 	CONTROLLER_VISITED, /* the one that it looked at last, other than its own */
 	CONTROLLER_COVERS,  /* whether plain visits are spared: all that they do is marked */
 	CONTROLLER_COUNT

@@ -168,7 +168,7 @@ class Session:
                 if part:
                     target.carried = no_pages() if work.committed else part.scanned
                 if part and not work.committed:
-                    target.recent = merge(target.recent, part.suspect, part.doubted)
+                    target.recent = merge(target.recent, part.suspect, part.revisit_next)
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
@@ -210,7 +210,7 @@ class Session:
             target.fresh = False
             part = work.parts[target.space]
             target.recent = part.scanned if part.direct else part.suspect
-            target.revisit = part.doubted
+            target.revisit = part.revisit_next
 
     # ---- while the targets run -----------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Session:
         """Copy and compress what was written, if it is much."""
         for target in self._tree.targets():
             work.parts[target.space] = _part(target, full or target.fresh)
-        left, parts = self._left(work), work.parts.values()
+        left, parts = self._uncopied(work), work.parts.values()
         revisit = sum(count_pages(part.revisit) for part in parts)
         much = left > self._little_enough() or revisit > self._bearable()
         if much or any(part.whole for part in parts):
@@ -230,13 +230,13 @@ class Session:
         The last rounds are only collected, not yet compressed: they last as long as copying takes,
         so that the targets can write little meanwhile.
         """
-        while (left := self._left(work)) > self._bearable() and work.converging(left):
+        while (left := self._uncopied(work)) > self._bearable() and work.converging(left):
             self._precopy_round(work, image)
         self._pipeline.hold()
         if self._must_stand_still():
             if left > self._little_enough():
                 self._collect(work, image)
-                self._left(work)  # by a look at everything, which the pause's scan can build on
+                self._uncopied(work)  # by a look at everything, which the pause's scan can build on
         elif not self._all_compared():
             self._collect_last(work, image, left)
 
@@ -245,7 +245,7 @@ class Session:
         of the time. Again while that leaves much less."""
         while True:
             self._collect(work, image)
-            before, left = left, self._left(work)
+            before, left = left, self._uncopied(work)
             if not SCRAPS < left < before / 2:
                 return
 
@@ -263,7 +263,7 @@ class Session:
         self._collect(work, image)
         self._pipeline.wait_idle()
 
-    def _left(self, work: Work) -> int:
+    def _uncopied(self, work: Work) -> int:
         """Pages that are written and not copied: as many as BPF has counted faults since the last
         round began, or as an armer knows better; and those of an epoch that failed."""
         known = 0
@@ -343,7 +343,7 @@ class Session:
         scan = target.scan(tgids, stopped=stopped, ahead=ahead, turned=turned, beside=self._beside)
         again = part.found(scan)
         if target.visited_before and not part.rounds:
-            part.doubt()
+            part.reread_next_epoch()
         if not target.visited():
             part.trust()
         return scan, again

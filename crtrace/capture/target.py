@@ -89,9 +89,9 @@ class Target:
         self.armer.close()
         self.armer, self.armed = armer, True
         if not self.compared:
-            space, number = marks.space_behind(lambda: os.pread(self._pagemap, 8, 0))
-            if space:
-                self._guide = Guide(marks, space, number, by_bits=armer.stands_still)
+            mm, number = marks.mm_behind(lambda: os.pread(self._pagemap, 8, 0))
+            if mm:
+                self._guide = Guide(marks, mm, number, by_bits=armer.stands_still)
                 self._guide.settle(tgids)
                 if armer.stands_still:
                     marks.migrations()  # sees to it that they are counted

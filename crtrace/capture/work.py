@@ -41,11 +41,11 @@ class Part:
     """Written page numbers as BPF saw them."""
     unarmed: U64 = field(default_factory=no_pages)
     """What could not be armed, and so counts as written."""
-    left: U64 = field(default_factory=no_pages)
+    not_rearmed: U64 = field(default_factory=no_pages)
     """What was not armed since the last epoch found it."""
     suspect: U64 = field(default_factory=no_pages)
     """What the last scan found while somebody else was in that memory: to be read again."""
-    doubted: U64 = field(default_factory=no_pages)
+    revisit_next: U64 = field(default_factory=no_pages)
     """What was suspect, and what somebody else may have had in hand since before the first scan. He
     may be slow, so the next epoch reads it once more."""
     direct: bool = False
@@ -78,18 +78,18 @@ class Part:
         failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
         carried = no_pages() if self.rounds else merge(self.carried, self.revisit)
         again = merge(carried, to_ranges(failed), self.suspect)
-        self.doubt()
+        self.reread_next_epoch()
         self._scanned.append(scan.written)
         self.suspect = subtract(scan.written, scan.unarmed)
         self.unarmed = scan.unarmed
-        if len(scan.left):
-            self.left = merge(self.left, scan.left)
+        if len(scan.not_rearmed):
+            self.not_rearmed = merge(self.not_rearmed, scan.not_rearmed)
         return again
 
-    def doubt(self) -> None:
+    def reread_next_epoch(self) -> None:
         """Have the next epoch, too, read what is suspect."""
         if len(self.suspect):
-            self.doubted = merge(self.doubted, self.suspect)
+            self.revisit_next = merge(self.revisit_next, self.suspect)
 
     def trust(self) -> None:
         """Nobody else was in that memory when the last scan armed it."""
@@ -142,7 +142,7 @@ class Work:
     resumed_at: float = 0.0
     written_at: float = 0.0
     _failed_in_objects: dict[int, Failures] = field(default_factory=dict)
-    _left: list[int] = field(default_factory=list)
+    _uncopied: list[int] = field(default_factory=list)
 
     def count(self, before: Counts, after: Counts) -> None:
         """What BPF counted of one process since the last epoch."""
@@ -166,11 +166,11 @@ class Work:
         It is not when the target writes as fast as it is copied: then more rounds would go on for
         ever, and the pause is as long as copying what is left takes.
         """
-        self._left.append(left)
-        recent = self._left[-3:]
+        self._uncopied.append(left)
+        recent = self._uncopied[-3:]
         stuck = len(recent) == 3 and min(recent[1:]) > 0.8 * recent[0]
         stuck |= len(recent) > 1 and recent[-1] > 0.95 * recent[-2]  # each costs the target, too
-        self.converged = not stuck and len(self._left) < MAX_ROUNDS
+        self.converged = not stuck and len(self._uncopied) < MAX_ROUNDS
         return self.converged
 
     def unreadable_pages(self) -> dict[tuple[int, int], U64]:
@@ -223,7 +223,7 @@ class Work:
         both = sum(int(contains(part.scanned, part.marked).sum()) for part in parts)
         missed = 0
         for part in parts:
-            armed = subtract(part.scanned, merge(part.unarmed, part.left))
+            armed = subtract(part.scanned, merge(part.unarmed, part.not_rearmed))
             if not part.fresh:
                 missed += count_pages(armed) - int(contains(armed, part.marked).sum())
         return {

@@ -61,7 +61,7 @@ class Scan:
     """To be called before the next scan, if at all."""
     unarmed: U64
     """Those among ``written`` that cannot be armed, so they are read every time."""
-    left: U64 = field(default_factory=no_pages)
+    not_rearmed: U64 = field(default_factory=no_pages)
     """Those that have not been armed since the last scan found them, too."""
     bounded: bool = False
     """It looked only within the bounds that were given."""

@@ -59,7 +59,7 @@ FOLLOW, CHILD, SHARES = 1, 2, 4
 """Flags of a target, as in bpf/track.h."""
 _LOST_CHILDREN, _CHILDREN, _UNTOLD, _MIGRATIONS = range(4)
 """Indices of ``totals``, as in bpf/track.h."""
-_OWN_TGID, _OWN_SPACE, _VISITED, _COVERS = range(4)
+_OWN_TGID, _OWN_MM, _VISITED, _COVERS = range(4)
 """Indices of ``controller``, as in bpf/track.h."""
 NO_PROCESS = 1 << 31
 """From here on numbers are those of address spaces: no process has such a one."""
@@ -144,7 +144,7 @@ class WrittenPages:
         self._targets = bpf.Elements(self._maps["targets"], *_LAYOUT["targets"], batch=TARGETS)
         self._generation: int = self._read("generation", 0)
         self._drained = True
-        self._left: list[tuple[Array, Array]] = []
+        self._undrained: list[tuple[Array, Array]] = []
         """Taken out of a map that nobody had drained."""
         self._covering = programs.covering
         self._numbers = itertools.count(NO_PROCESS)
@@ -162,13 +162,13 @@ class WrittenPages:
 
     def _introduce_ourselves(self) -> None:
         """Tell BPF who we are: what we do with a target's address space changes nothing in it."""
-        own, space = 0, os.stat("/proc/self/ns/pid")
+        own, namespace = 0, os.stat("/proc/self/ns/pid")
         for _ in range(100):  # an emulated processor can be late in taking notice of a probe
-            own = own or self._resolve(os.getpid(), space, _blink)
+            own = own or self._resolve(os.getpid(), namespace, _blink)
         self._set("controller", _OWN_TGID, own)
-        self._set("controller", _OWN_SPACE, 0)  # somebody may have been here before
+        self._set("controller", _OWN_MM, 0)  # somebody may have been here before
         mmap.mmap(-1, PAGE_SIZE).close()  # takes the lock of our own space
-        self._set("controller", _OWN_SPACE, self._get("controller", _VISITED))
+        self._set("controller", _OWN_MM, self._get("controller", _VISITED))
 
     def _covered(self, locks: bool) -> Coverage:
         if self._covers_others():
@@ -178,7 +178,7 @@ class WrittenPages:
     def _covers_others(self) -> bool:
         """Whether a write that is no page fault of the writer's is marked where it ought to be:
         tried on ourselves, since names and layouts can mislead."""
-        own = self._get("controller", _OWN_SPACE)
+        own = self._get("controller", _OWN_MM)
         if self._covering < 0 or not own:
             return False
         number = self._count_visits(own)
@@ -191,7 +191,7 @@ class WrittenPages:
         except OSError:  # it can be forbidden
             return False
         finally:
-            self.leave_space(own)
+            self.leave_mm(own)
         marked = self.marked_now().get(number, np.empty(0, dtype=np.uint64))
         return np.uint64(address // PAGE_SIZE) in marked
 
@@ -220,10 +220,10 @@ class WrittenPages:
             raise TargetGone(f"process {process.pid} never ran on a CPU while it was looked for")
         return found
 
-    def _resolve(self, number: int, space: os.stat_result, leave: Callable[[], None]) -> int:
+    def _resolve(self, number: int, namespace: os.stat_result, leave: Callable[[], None]) -> int:
         """What a process of a PID namespace is in the initial one; 0 if it does not leave its CPU
         while ``leave`` runs."""
-        for index, word in enumerate((space.st_dev, space.st_ino, number, 0)):
+        for index, word in enumerate((namespace.st_dev, namespace.st_ino, number, 0)):
             self._set("question", index, word)
         link = bpf.attach_raw_tracepoint(self._resolver, "sched_switch")
         try:
@@ -279,37 +279,37 @@ class WrittenPages:
 
     # ---- what bounds a scan --------------------------------------------------------------------
 
-    def space_behind(self, look: Callable[[], object]) -> tuple[int, int]:
-        """BPF's name of the address space whose lock ``look`` takes, and the number that writes of
-        others to it are marked under; its visits are counted from now on. Zeros where that cannot
-        be had."""
+    def mm_behind(self, look: Callable[[], object]) -> tuple[int, int]:
+        """BPF's name of the address space whose lock ``look`` takes, its mm, and the number that
+        writes of others to it are marked under; its visits are counted from now on. Zeros where
+        that cannot be had."""
         self._set("controller", _VISITED, 0)
         look()
-        space = self._get("controller", _VISITED)
+        mm = self._get("controller", _VISITED)
         try:
-            return (space, self._count_visits(space)) if space else (0, 0)
+            return (mm, self._count_visits(mm)) if mm else (0, 0)
         except OSError:  # there are too many
             return 0, 0
 
-    def _count_visits(self, space: int) -> int:
+    def _count_visits(self, mm: int) -> int:
         value = np.zeros(1, dtype=VISITS)
         value["number"] = number = next(self._numbers)
-        bpf.update(self._maps["visits"], _u64(space), value)
+        bpf.update(self._maps["visits"], _u64(mm), value)
         return number
 
-    def leave_space(self, space: int) -> None:
+    def leave_mm(self, mm: int) -> None:
         """Count its visits no longer."""
-        self._elements.pop(("visits", space), None)
-        bpf.delete(self._maps["visits"], _u64(space))
+        self._elements.pop(("visits", mm), None)
+        bpf.delete(self._maps["visits"], _u64(mm))
 
-    def live_in(self, space: int, tgid: int) -> None:
-        """The visits of a process are those of somebody who runs in the space, from now on."""
-        bpf.update(self._maps["homes"], _u32(tgid), _u64(space))
+    def live_in(self, mm: int, tgid: int) -> None:
+        """The visits of a process are those of somebody who runs in it, from now on."""
+        bpf.update(self._maps["homes"], _u32(tgid), _u64(mm))
 
-    def evidence(self, space: int, tgids: Iterable[int]) -> Evidence:
+    def evidence(self, mm: int, tgids: Iterable[int]) -> Evidence:
         """What must stay as it is for the marks of the processes in an address space to tell all
         that has changed in it."""
-        visits, (taken, splits) = self.visits(space), taken_and_split()
+        visits, (taken, splits) = self.visits(mm), taken_and_split()
         found = [self._get("totals", _UNTOLD), taken, visits.all, self._missed()]
         found.append(self._open(visits))
         faults = 0
@@ -327,19 +327,19 @@ class WrittenPages:
         """How many marks found no room, or were not told of."""
         return self._get("totals", _UNTOLD) + sum(self.counts(tgid).lost for tgid in tgids)
 
-    def map_evidence(self, space: int, tgids: Iterable[int]) -> tuple[int, ...]:
+    def map_evidence(self, mm: int, tgids: Iterable[int]) -> tuple[int, ...]:
         """What must stay as it is for the map of an address space to be the same."""
-        visits = self.visits(space)
+        visits = self.visits(mm)
         return (
             visits.all,
             visits.faulted,
             *(number for t in sorted(tgids) for number in (t, self.counts(t).map_changes)),
         )
 
-    def written_meanwhile(self, space: int, tgids: Iterable[int]) -> tuple[int, ...]:
+    def written_meanwhile(self, mm: int, tgids: Iterable[int]) -> tuple[int, ...]:
         """What stays the same while nobody writes in an address space. ``tgids`` run in it, and are
         stopped, but for workers that the kernel gives them."""
-        visits = self.visits(space)
+        visits = self.visits(mm)
         known: tuple[int, ...] = (visits.foreign,)
         if self.spares_plain:
             known = visits.all, visits.written, visits.begun, self._missed(), self._open(visits)
@@ -349,15 +349,15 @@ class WrittenPages:
             *(self.counts(tgid).faults for tgid in sorted(tgids)),
         )
 
-    def foreign_visits(self, space: int) -> int:
+    def foreign_visits(self, mm: int) -> int:
         """How often somebody who does not run in it took the lock of an address space, or who does
         but writes in such a way that the data may come after a scan has armed the page again."""
-        return self.visits(space).foreign
+        return self.visits(mm).foreign
 
-    def unlike_bits(self, space: int) -> tuple[int, int, int]:
-        """How often somebody may have done to a space what soft-dirty bits do not tell: put other
+    def unlike_bits(self, mm: int) -> tuple[int, int, int]:
+        """How often somebody may have done to an mm what soft-dirty bits do not tell: put other
         pages in place, or moved some; joined a new mapping with an old one; joined two old ones."""
-        visits = self.visits(space)
+        visits = self.visits(mm)
         return visits.replaced, visits.grown, visits.remade
 
     def migrations(self) -> object:
@@ -375,13 +375,13 @@ class WrittenPages:
             return False
         return True
 
-    def written_by_others(self, space: int) -> int:
+    def written_by_others(self, mm: int) -> int:
         """Write faults in it that are not in the counts of the processes that run in it."""
-        return self.visits(space).written
+        return self.visits(mm).written
 
-    def visits(self, space: int) -> Visits:
+    def visits(self, mm: int) -> Visits:
         """All that is counted of it; zeros once it is not any more."""
-        return Visits(*(self._read("visits", space) or _NO_VISITS))
+        return Visits(*(self._read("visits", mm) or _NO_VISITS))
 
     def _missed(self) -> int:
         """Faults at which the program that marks the writes of others could not run."""
@@ -411,7 +411,7 @@ class WrittenPages:
         self._heard_before, self._heard = self._heard, []
         following = self._generation ^ 1
         if not self._drained:  # what is in the map already would not be told again
-            self._left.append(self._written[following].take())
+            self._undrained.append(self._written[following].take())
         bpf.update(self._maps["generation"], _u32(0), _u32(following))
         self._generation = following
         self._drained = False
@@ -422,14 +422,14 @@ class WrittenPages:
         Written page numbers, ascending, by process; those at which it marked more than one fault
         are under its number and MARKED_AGAIN as well. Targets may run meanwhile.
         """
-        taken = [*self._left, self._written[self._generation ^ 1].take()]
-        self._left, self._drained = [], True
+        taken = [*self._undrained, self._written[self._generation ^ 1].take()]
+        self._undrained, self._drained = [], True
         keys, values = (np.concatenate(column) for column in zip(*taken, strict=True))
-        return _by_process(keys, values)
+        return _by_number(keys, values)
 
     def marked_now(self) -> dict[int, U64]:
         """What has been marked since the last :meth:`switch`, in the same form."""
-        return _by_process(*self._written[self._generation].peek())
+        return _by_number(*self._written[self._generation].peek())
 
 
 def pages_under(numbers: Iterable[int], marked: dict[int, U64]) -> tuple[U64, U64]:
@@ -442,13 +442,13 @@ def pages_under(numbers: Iterable[int], marked: dict[int, U64]) -> tuple[U64, U6
     return distinct(pages), distinct(again)
 
 
-def _by_process(keys: Array, values: Array) -> dict[int, U64]:
-    order = np.lexsort((keys["region"], keys["tgid"]))
+def _by_number(keys: Array, values: Array) -> dict[int, U64]:
+    order = np.lexsort((keys["region"], keys["number"]))
     keys, values = keys[order], values[order]
-    borders = np.flatnonzero(np.diff(keys["tgid"])) + 1
+    borders = np.flatnonzero(np.diff(keys["number"])) + 1
     groups = np.split(np.arange(len(keys)), borders) if len(keys) else []
     return {
-        int(keys["tgid"][group[0]]): decode(keys["region"][group], values["word"][group])
+        int(keys["number"][group[0]]): decode(keys["region"][group], values["word"][group])
         for group in groups
     }
 

@@ -60,14 +60,12 @@ class Unexplained(NamedTuple):
 
 
 class Guide:
-    """Bounds the scans of one address space; ``space`` is BPF's name of it, ``number`` what the
+    """Bounds the scans of one address space; ``mm`` is BPF's name of it, ``number`` what the
     writes of others to it are marked under; ``by_bits``: soft-dirty bits tell what is written."""
 
-    def __init__(
-        self, marks: WrittenPages, space: int, number: int, *, by_bits: bool = False
-    ) -> None:
+    def __init__(self, marks: WrittenPages, mm: int, number: int, *, by_bits: bool = False) -> None:
         self._marks = marks
-        self._space = space
+        self._mm = mm
         self._by_bits = by_bits
         self.number = number
         self._since: Basis | None = None
@@ -89,17 +87,17 @@ class Guide:
 
     def close(self) -> None:
         """Count no longer."""
-        self._marks.leave_space(self._space)
+        self._marks.leave_mm(self._mm)
 
     def settle(self, tgids: Collection[int]) -> None:
         """Who runs in it is no visitor."""
         for tgid in set(tgids) - self._tgids - {0}:
-            self._marks.live_in(self._space, tgid)
+            self._marks.live_in(self._mm, tgid)
         self._tgids = set(tgids)
 
     def basis(self, tgids: Collection[int], changes: int) -> Basis:
         """The counts now; ``tgids``: who runs in it, ``changes``: of its map."""
-        found = self._marks.evidence(self._space, tgids)
+        found = self._marks.evidence(self._mm, tgids)
         self._begun, self._faults = found.begun, found.faults
         migrations = self._marks.migrations() if self._by_bits else 0
         return Basis(changes, found, (migrations, found.splits))
@@ -110,20 +108,20 @@ class Guide:
     def map_evidence(self, tgids: Collection[int]) -> tuple[int, ...]:
         """Counts that stay the same while nobody changes what is mapped."""
         self.settle(tgids)
-        return self._marks.map_evidence(self._space, tgids)
+        return self._marks.map_evidence(self._mm, tgids)
 
     def visited(self) -> bool:
         """Whether somebody from outside has been in the space since this was asked last, or wrote
         as if he were. What he pinned there he may write to later."""
-        before, self._foreign = self._foreign, self._marks.foreign_visits(self._space)
+        before, self._foreign = self._foreign, self._marks.foreign_visits(self._mm)
         return before != self._foreign
 
     def told(self, tgids: Collection[int]) -> Told:
         """What an armer can ask that needs to know more."""
         return Told(
-            partial(self._marks.written_meanwhile, self._space, tgids),
+            partial(self._marks.written_meanwhile, self._mm, tgids),
             self._moved,
-            partial(self._marks.unlike_bits, self._space),
+            partial(self._marks.unlike_bits, self._mm),
         )
 
     def holds(self, basis: Basis) -> bool:
@@ -133,7 +131,7 @@ class Guide:
     def paused(self, tgids: Collection[int]) -> None:
         """Marks go to the next generation since the last scan, that of a pause. What was marked in
         between, by who does not stand still, is in neither."""
-        visits = self._marks.visits(self._space)
+        visits = self._marks.visits(self._mm)
         faults = sum(self._marks.counts(tgid).faults for tgid in tgids)
         if (visits.begun, faults) != (self._begun, self._faults):
             self.doubt()
@@ -142,7 +140,7 @@ class Guide:
 
     def written_by_others(self) -> int:
         """Write faults since the last pause that are not in the counts of who runs in it."""
-        return self._marks.written_by_others(self._space) - self._written_by_others
+        return self._marks.written_by_others(self._mm) - self._written_by_others
 
     def bounds(self, tgids: Collection[int], *, turned: bool) -> U64:
         """Page ranges outside which nothing was written or discarded since everything was looked

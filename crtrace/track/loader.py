@@ -42,7 +42,7 @@ PATIENCE = 120.0
 RING_PAGES = 512
 """4096-byte pages of the ring that tells of newly marked regions: 87,000 of 24 bytes each."""
 
-KEY = np.dtype([("tgid", "<u4"), ("reserved", "<u4"), ("region", "<u8")])
+KEY = np.dtype([("number", "<u4"), ("reserved", "<u4"), ("region", "<u8")])
 """``struct region_key`` of bpf/track.h."""
 MAPS = (
     "written0", "written1", "targets", "generation", "totals", "question", "controller", "visits",

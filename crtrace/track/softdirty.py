@@ -136,7 +136,7 @@ class SoftDirtyArmer:
         """As told before the bits were last taken off."""
         self._seen: Bits | None = None
         """As everything was last looked at since then, and renewed by bounded scans."""
-        self._left = no_pages()
+        self._not_rearmed = no_pages()
         """What bounded scans have found since then, of what has bits."""
         self._read_again = 0
         """Pages of it that were read in vain, perhaps."""
@@ -180,8 +180,8 @@ class SoftDirtyArmer:
         self._seen = bits = self._seen.renewed(windows, there)
         unlike = merge(self._without_bits(), bits.zeros)
         written = intersect(bits.own, merge(bits.dirty, self._moving, unlike))
-        unarmed, left = intersect(bits.own, unlike), self._left
-        self._left = merge(left, subtract(written, unlike))
+        unarmed, left = intersect(bits.own, unlike), self._not_rearmed
+        self._not_rearmed = merge(left, subtract(written, unlike))
         return Scan(written, bits.nothing, unarmed, left, bounded=True)
 
     def _windows(self, space: AddressSpace, how: How) -> U64 | None:
@@ -193,7 +193,7 @@ class SoftDirtyArmer:
             return None
         if space.changes != self._map_as_of or how.told.unlike_bits() != self._unlike_bits:
             return None
-        self._read_again += count_pages(self._left)
+        self._read_again += count_pages(self._not_rearmed)
         if A_READ * self._read_again > self._effort:
             return None
         within = intersect(how.within, space.anonymous)
@@ -202,7 +202,7 @@ class SoftDirtyArmer:
 
     def _scan_all(self, space: AddressSpace, how: How) -> Scan:
         """Read all bits and take them off."""
-        left, self._left = self._left, no_pages()
+        left, self._not_rearmed = self._not_rearmed, no_pages()
         self._seen, self._read_again = None, 0
         again, self._doubtful = self._doubtful, True  # what fails below has taken bits off, perhaps
         migrated, before = how.told.migrated(), how.told.others()
@@ -305,7 +305,7 @@ class SoftDirtyArmer:
     def look(self, space: AddressSpace, beside: ThreadPoolExecutor) -> Look:
         """See :class:`crtrace.track.armer.Armer`."""
         # What was on its way may have arrived, and where dirty memory is moved, bits are set.
-        known = merge(self._left, self._seen.away if self._seen else no_pages())
+        known = merge(self._not_rearmed, self._seen.away if self._seen else no_pages())
         self._seen = self._bits()
         written = subtract(self._seen.dirty, known)
         absent = subtract(space.anonymous, merge(self._seen.own, space.vdso))

@@ -321,7 +321,7 @@ def test_bpf_tells_address_spaces_apart(spawn: Spawn) -> None:
         skip_unless_visits_are_told(marks)
         first, second = (Process(Pid(spawn("layout").pid)) for _ in range(2))
         with first, second:
-            spaces = [marks.space_behind(partial(_look, each))[0] for each in (first, second)]
+            spaces = [marks.mm_behind(partial(_look, each))[0] for each in (first, second)]
             assert len({0, *spaces}) == 3
             before = [marks.evidence(space, []) for space in spaces]
             _look(first)  # ours do not count
@@ -336,7 +336,7 @@ def guide(spawn: Spawn) -> Iterator[Guide]:
     """The guide of a target that nothing happens to."""
     with Loading().result() as programs, Process(Pid(spawn("layout").pid)) as process:
         marks = WrittenPages(programs)
-        yield Guide(marks, *marks.space_behind(partial(_look, process)))
+        yield Guide(marks, *marks.mm_behind(partial(_look, process)))
 
 
 def numbers(*pages: int) -> U64:
@@ -397,7 +397,7 @@ def test_somebody_else_in_the_memory_is_told_from_the_target_itself(spawn: Spawn
         marks = WrittenPages(programs)
         skip_unless_visits_are_told(marks)
         tgid = marks.add(process)
-        space, _ = marks.space_behind(partial(_look, process))
+        space, _ = marks.mm_behind(partial(_look, process))
         marks.live_in(space, tgid)
         before = marks.evidence(space, [tgid])
         target.obey("brk +4")
@@ -417,7 +417,7 @@ def followed() -> Iterator[tuple[Target, Process, WrittenPages, int]]:
     ):
         marks = WrittenPages(programs)
         tgid = marks.add(process)
-        space, _ = marks.space_behind(partial(_look, process))
+        space, _ = marks.mm_behind(partial(_look, process))
         marks.live_in(space, tgid)
         yield target, process, marks, space
 
@@ -522,7 +522,7 @@ def test_all_is_read_again_where_nobody_tells_of_visits(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when more address spaces are watched than can be counted."""
-    monkeypatch.setattr(WrittenPages, "space_behind", lambda marks, look: (0, 0))
+    monkeypatch.setattr(WrittenPages, "mm_behind", lambda marks, look: (0, 0))
     target = spawn("layout")
     with judged(target.pid, tmp_path / "chain") as judge:
         judge.take()

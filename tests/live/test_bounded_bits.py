@@ -40,7 +40,7 @@ def test_bits_are_taken_off_when_reading_again_has_cost_more(
         armer = judge.session._tree.root.target.armer
         assert isinstance(armer, SoftDirtyArmer)
         write_and_take(0)
-        once_more = armer._read_again + count_pages(armer._left) + 1
+        once_more = armer._read_again + count_pages(armer._not_rearmed) + 1
         monkeypatch.setattr(softdirty, "A_READ", armer._effort // once_more)
         for turn in (1, 2, 3):
             write_and_take(turn)

@@ -258,7 +258,7 @@ def test_a_shorter_pause_takes_more_rounds(
     with judged(target.pid, chain, max_pause_ms=milliseconds) as judge:
         judge.take()
         left = iter([4000, 2000, 1900])  # pages, before each round
-        monkeypatch.setattr(judge.session, "_left", lambda work: next(left, 0))
+        monkeypatch.setattr(judge.session, "_uncopied", lambda work: next(left, 0))
         judge.take()
     assert judge.stats[-1]["precopy_rounds"] == rounds
 

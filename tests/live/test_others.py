@@ -95,14 +95,14 @@ def test_pages_that_others_write_are_marked(spawn: Spawn, covering: Programs, ho
     address = anonymous(target)
     with Process(Pid(target.pid)) as process:
         tgid = marks.add(process)
-        space, number = marks.space_behind(partial(look, process))
+        space, number = marks.mm_behind(partial(look, process))
         faults = marks.counts(tgid).faults
         outside(how, target, address + 3 * PAGE_SIZE, 2)
         assert marks.written_by_others(space) == 2
         assert marks.counts(tgid).faults == faults
         marks.switch()
         drained = marks.drain()
-        marks.leave_space(space)
+        marks.leave_mm(space)
     assert pages_between(drained[number], address, 8 * PAGE_SIZE) == {3, 4}
     assert not pages_between(drained.get(tgid, np.empty(0)), address, 8 * PAGE_SIZE)
 
@@ -111,11 +111,11 @@ def test_the_faults_of_a_target_are_marked_once(spawn: Spawn, covering: Programs
     marks, target = WrittenPages(covering), spawn("layout")
     with Process(Pid(target.pid)) as process:
         tgid = marks.add(process)
-        space, number = marks.space_behind(partial(look, process))
+        space, number = marks.mm_behind(partial(look, process))
         target.obey("write anon_unwritten 0 8 5")
         assert marks.counts(tgid).faults >= 8
         assert marks.written_by_others(space) == 0
-        marks.leave_space(space)
+        marks.leave_mm(space)
         marks.switch()
         assert number not in marks.drain()
 
@@ -126,10 +126,10 @@ def test_who_runs_in_the_memory_and_is_no_target_is_marked(
     marks, target = WrittenPages(covering), spawn("layout")
     address = anonymous(target)
     with Process(Pid(target.pid)) as process:
-        space, number = marks.space_behind(partial(look, process))
+        space, number = marks.mm_behind(partial(look, process))
         target.obey("write anon_unwritten 5 1 5")
         assert marks.written_by_others(space) >= 1
-        marks.leave_space(space)
+        marks.leave_mm(space)
         marks.switch()
         assert 5 in pages_between(marks.drain()[number], address, 8 * PAGE_SIZE)
 
@@ -143,7 +143,7 @@ def test_what_changes_memory_by_faults_only_is_no_evidence(
     marks, target = WrittenPages(covering), spawn("layout")
     address = anonymous(target, "anon_written")
     with Process(Pid(target.pid)) as process:
-        space, _ = marks.space_behind(partial(look, process))
+        space, _ = marks.mm_behind(partial(look, process))
         before, foreign = marks.evidence(space, []), marks.foreign_visits(space)
         outside(how, target, address, 4)
         assert marks.foreign_visits(space) > foreign
@@ -151,7 +151,7 @@ def test_what_changes_memory_by_faults_only_is_no_evidence(
         before = marks.evidence(space, [])
         target.obey("brk +4")  # its own change of what is mapped
         assert marks.evidence(space, []) != before
-        marks.leave_space(space)
+        marks.leave_mm(space)
 
 
 def test_without_covering_every_visit_is_evidence(spawn: Spawn) -> None:
@@ -159,7 +159,7 @@ def test_without_covering_every_visit_is_evidence(spawn: Spawn) -> None:
     with Loading(covering=False).result() as programs, Process(Pid(target.pid)) as process:
         marks = WrittenPages(programs)
         assert marks.coverage is Coverage.FAULTS
-        space, _ = marks.space_behind(partial(look, process))
+        space, _ = marks.mm_behind(partial(look, process))
         before = marks.evidence(space, [])
         outside("look", target, 0, 0)
         assert marks.evidence(space, []) != before
@@ -223,7 +223,7 @@ def test_what_a_child_in_the_same_memory_writes_is_not_late(flags: int, unexplai
         marks = WrittenPages(programs)
         counted(marks, "targets", 7, flags=flags)
         key, word = np.zeros(1, dtype=KEY), np.zeros(1, dtype=BITS)
-        key["tgid"], key["region"], word["word"][0, 0] = 7, 5, 1
+        key["number"], key["region"], word["word"][0, 0] = 7, 5, 1
         bpf.update(marks._maps["written0"], key, word)
         look = Look(np.array([[5 * 512, 5 * 512 + 1]], dtype=np.uint64), no_pages())
         guide = Guide(marks, 99, NO_PROCESS)
@@ -251,7 +251,7 @@ def test_a_plain_visit_that_is_under_way_may_write_at_any_time(covering: Program
     assert marks.written_meanwhile(99, []) == marks.written_meanwhile(99, [])
     counted(marks, "visits", 99, begun=3, plain=1)
     assert marks.written_meanwhile(99, []) != marks.written_meanwhile(99, [])
-    marks.leave_space(99)
+    marks.leave_mm(99)
 
 
 def test_a_probe_that_marks_nothing_is_no_coverage(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,15 +178,17 @@ def test_pre_copy_goes_on_while_it_gains_and_stops_when_it_does_not() -> None:
     assert not stuck.converged
 
 
-def scan_of(written: set[int], *, unarmed: Iterable[int] = (), left: Iterable[int] = ()) -> Scan:
+def scan_of(
+    written: set[int], *, unarmed: Iterable[int] = (), not_rearmed: Iterable[int] = ()
+) -> Scan:
     """What a scan found, as sets of pages."""
-    return Scan(ranges_of(written), no_pages, ranges_of(set(unarmed)), ranges_of(set(left)))
+    return Scan(ranges_of(written), no_pages, ranges_of(set(unarmed)), ranges_of(set(not_rearmed)))
 
 
 def test_what_an_earlier_epoch_found_is_no_find_of_this_one() -> None:
     """By any of its scans: the one that takes the bits off may be that of pre-copy."""
     part = Part(ranges_of(set()))
-    part.found(scan_of({1, 2, 3}, left={1, 2}))
+    part.found(scan_of({1, 2, 3}, not_rearmed={1, 2}))
     part.found(scan_of({4}))
     work = Work(parts={0: part})
     part.marked = np.array([4], dtype=np.uint64)
@@ -208,8 +210,8 @@ def test_what_a_scan_found_while_others_were_in_that_memory_is_read_again() -> N
         found.append(part.found(scan_of({page, 9}, unarmed={9})))
         if page >= 3:
             part.trust()
-    assert expand(part.doubted).tolist() == [1, 2]  # whoever was there may be slow
-    following = Part(ranges_of(set()), revisit=part.doubted)
+    assert expand(part.revisit_next).tolist() == [1, 2]  # whoever was there may be slow
+    following = Part(ranges_of(set()), revisit=part.revisit_next)
     assert expand(following.found(scan_of({7}))).tolist() == [1, 2]
     # What is not armed is never read while the target runs: it may be filled on demand.
     assert [expand(again).tolist() for again in found] == [[], [1], [2], []]

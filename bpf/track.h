@@ -26,7 +26,7 @@ struct region_bits {
 
 struct target {
 	__u64 faults;      /* write faults: pages written since they were armed, or for the first time */
-	__u64 lost;        /* written pages that found no room in the map */
+	__u64 lost;        /* marks that found no room in the map */
 	__u64 map_changes; /* times its own threads took the address space for writing */
 	__u32 threads;     /* living threads, kept for followed children only */
 	__u32 flags;

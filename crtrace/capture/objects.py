@@ -25,6 +25,8 @@ from crtrace.linux.files import FileFacts, nobody_writes
 from crtrace.linux.procfs import WRITE, FileKey, Vma
 from crtrace.units import PAGE_SHIFT, PAGE_SIZE, U64, Bytes, intersect, merge, no_pages, pairs
 
+_OURS = errno.EMFILE, errno.ENFILE, errno.ENOMEM
+"""What says nothing of a file that could not be opened, but of us."""
 SETTLED_NS = 1_000_000_000
 """A file that was written before can be told from one written since by its time of change: no
 kernel's clock for these times is as coarse as this."""
@@ -93,8 +95,12 @@ class MappedObject:
     def open(self) -> bool:
         """Open the object itself; False where it went away between two looks, as its VMAs did."""
         for mapping in self.mappings:
-            with suppress(OSError):
+            try:
                 self.fd = open_mapped(mapping.target.process, mapping.vma)
+            except OSError as error:
+                if error.errno in _OURS:
+                    raise
+            else:
                 return True
         return False
 
@@ -109,18 +115,12 @@ class MappedObject:
 
         Memory objects and deleted files tell their holes. Of a file that is still on disk, it is
         the pages that targets have in their page tables, and those (``known`` page numbers) that an
-        earlier epoch stored: to read it all could mean to read a whole disk. Where nobody can tell,
-        it is all of them, to be found unreadable.
+        earlier epoch stored: to read it all could mean to read a whole disk.
         """
-        try:
-            return self._populated(known)
-        except OSError:  # whoever serves the file is gone
-            return self.extent()
-
-    def _populated(self, known: U64) -> U64:
-        size = os.fstat(self.fd).st_size
-        end = (size + PAGE_SIZE - 1) >> PAGE_SHIFT
-        inside = intersect(self.extent(), np.array([[0, max(end, 0)]], dtype=np.uint64))
+        inside = self.extent()
+        with suppress(OSError):  # whoever serves it is gone: to read it will tell
+            end = (os.fstat(self.fd).st_size + PAGE_SIZE - 1) >> PAGE_SHIFT
+            inside = intersect(inside, np.array([[0, max(end, 0)]], dtype=np.uint64))
         present = [_present(mapping) for mapping in self.mappings]
         if self.facts.memory or not self.facts.links:
             data = (_data_ranges(self.fd, *span) for span in inside.tolist())

@@ -103,8 +103,8 @@ class Session:
             undo.callback(self._beside.shutdown)
             with signals_held():
                 self._pipeline = Pipeline()
+                undo.callback(self._pipeline.close)
                 self._beside.submit(int)  # so that the thread is there before the first pause
-            undo.callback(self._pipeline.close)
             self._accounting = open_accounting()
             if self._accounting:
                 undo.callback(self._accounting.close)
@@ -147,6 +147,9 @@ class Session:
                     raise ProgramChanged(f"process {self.process.pid} called execve") from error
                 if self._tree.over or not any(process.alive() for process in self.processes):
                     raise self.process.gone() from error
+                why = self.process.gone() if isinstance(error, LeaderGone) else None
+                if isinstance(why, LeaderGone) and self._tree.root in self._tree.members:
+                    raise why from error
         raise TargetBusy(
             f"process {self.process.pid} or one of its tree called execve or ended, "
             f"{ATTEMPTS} times while an epoch was taken",
@@ -165,10 +168,11 @@ class Session:
                 part = work.parts.get(target.space)
                 if not work.committed:
                     target.failed()
-                if part:
-                    target.carried = no_pages() if work.committed else part.scanned
-                if part and not work.committed:
-                    target.recent = merge(target.recent, part.suspect, part.revisit_next)
+                if part and work.committed:
+                    target.carried = target.doubted = no_pages()
+                elif part:
+                    target.carried = part.scanned
+                    target.doubted = merge(part.suspect, part.revisit_next)
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
@@ -558,7 +562,8 @@ class Session:
 
 
 def _part(target: Target, whole: bool) -> Part:
-    return Part(target.carried, whole, target.fresh, target.revisit)
+    carried, revisit = target.carried, target.revisit
+    return Part(carried, whole, target.fresh, revisit, revisit_next=target.doubted)
 
 
 @contextmanager

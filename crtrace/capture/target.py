@@ -44,10 +44,12 @@ class Target:
         direct read, or what somebody else does."""
         self.revisit = no_pages()
         """What the last epoch was in doubt about; see ``Part``."""
+        self.doubted = no_pages()
+        """What an attempt at an epoch that failed was in doubt about."""
         self.visited_before = False
+        """Somebody else was in its memory since the last scan and before this epoch began."""
         self._unsure = False
         """Whether the next scan may find more than was written since the one before."""
-        """Somebody else was in its memory since the last scan and before this epoch began."""
         self._guide: Guide | None = None
         self._map_as_of: tuple[int, ...] = ()
         """The counts when the map was read."""

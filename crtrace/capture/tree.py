@@ -233,12 +233,14 @@ class Tree:
         if followed == self._all_met and not lost:
             return []  # to look through the targets takes a pause 0.1 ms
         known = {member.tgid for member in self.members}
-        known |= {int(pid) for pid in self.refused}  # they are asked again between the pauses
+        if not self._nested:
+            known |= {int(pid) for pid in self.refused}  # they are asked again between the pauses
         fresh = [tgid for tgid in self._marks.targets() if tgid not in known]
         self._all_met = None if fresh else followed
         if lost or (self._nested and fresh):
             # The numbers that BPF knows are of another namespace, or it has not got them all.
-            return [(pid, 0 if self._nested else int(pid)) for pid in self._relatives()]
+            there = [pid for pid in self._relatives() if pid not in self.refused]
+            return [(pid, 0 if self._nested else int(pid)) for pid in there]
         return [(Pid(tgid), tgid) for tgid in fresh]
 
     def take_in(

@@ -372,7 +372,7 @@ def _choose_thread(stopped: StoppedProcess, vmas: list[Vma]) -> tuple[pt.Tracee,
     stack = next((vma for vma in vmas if vma.name == "[stack]"), None)
     main = stopped.main()
     registers = main.registers()
-    if registers["cs"] != CODE_64:
+    if registers["cs"] not in CODE_64:
         raise TargetBusy(
             f"process {stopped.process.pid} runs 32-bit code just now",
             hint=f"try again; {COMPARE_INSTEAD}",

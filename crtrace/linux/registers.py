@@ -11,8 +11,8 @@ _NAMES = (
     "ds", "es", "fs", "gs",
 )  # fmt: skip
 REGS_SIZE = _REGS.size
-CODE_64 = 0x33
-"""What ``cs`` is in 64-bit code; a 64-bit program may have 32-bit code, too."""
+CODE_64 = 0x33, 0xE033
+"""What ``cs`` can be in 64-bit code; the latter on Xen. There may be 32-bit code, too."""
 
 
 class Registers:

@@ -33,7 +33,7 @@ def cut_short(state: bytes) -> bool:
     """Whether a stopped thread, whose general registers these are, is about to return EINTR from a
     wait that is never restarted."""
     result, call, code = _RESULT_CALL_AND_CODE.unpack_from(state)
-    return result == -errno.EINTR and call in NEVER_RESTARTED and code == CODE_64
+    return result == -errno.EINTR and call in NEVER_RESTARTED and code in CODE_64
 
 
 def started_again(registers: Registers) -> Registers:

@@ -7,7 +7,7 @@ import logging
 import mmap
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cache
@@ -432,7 +432,7 @@ class WrittenPages:
         return _by_number(*self._written[self._generation].peek())
 
 
-def pages_under(numbers: Iterable[int], marked: dict[int, U64]) -> tuple[U64, U64]:
+def pages_under(numbers: Collection[int], marked: dict[int, U64]) -> tuple[U64, U64]:
     """Of what was drained, what is marked under any of the numbers, and what of it more than once:
     under one of them, or under two. Page numbers, ascending."""
     once = [marked[number] for number in numbers if number in marked]

@@ -214,7 +214,7 @@ class Guide:
         """
         late = 0
         if self.holds(after):
-            moved = self._since is not None and self._since.moved != after.moved
+            moved = not self._since or self._since.moved != after.moved
             late += 0 if moved and self._by_bits else unexplained.written
             late += 0 if moved else unexplained.gone
         self._blind |= late > 0

@@ -35,7 +35,8 @@ from crtrace.units import PAGE_SIZE, human_bytes
 log = logging.getLogger("crtrace")
 
 REGIONS = 65_536
-"""Regions that each generation of the written-page map holds: 128 GiB when densely written."""
+"""Regions that each generation of the written-page map holds: 128 GiB when densely written, or half
+of that where each has a page with two faults."""
 TARGETS = 4_096
 PATIENCE = 120.0
 """Seconds that the compiler may take: half of one is usual."""

@@ -323,7 +323,7 @@ class UserfaultfdArmer:
             vma for vma in self._uncleared if uffd.clear_marks(self._uffd, vma.start, vma.end)
         ]
         if changed:
-            with nullcontext() if stopped else StoppedProcess(self._process):
+            with signals_held(), nullcontext() if stopped else StoppedProcess(self._process):
                 space.refresh()
                 spans = [(vma.first_page, vma.end_page) for vma in changed]
                 for vma in space.touching(merge(np.array(spans, dtype=np.uint64))):

@@ -382,6 +382,11 @@ def test_where_marks_found_no_room_everybody_is_awaited(
     guide.scanned(no_pages(), turned=True, stopped=False)
     guide.await_faults(numbers(), numbers(), [])
     assert guide.bounds([1], turned=False).tolist() == EVERYTHING.tolist()
+    guide.scanned(no_pages(), turned=False, stopped=True)
+    guide.paused([])
+    guide.scanned(no_pages(), turned=True, stopped=False)
+    guide.await_faults(numbers(), numbers(), [])
+    assert not len(guide.bounds([1], turned=False))
 
 
 def test_what_two_have_marked_is_marked_twice() -> None:

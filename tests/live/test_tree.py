@@ -444,7 +444,7 @@ def test_a_child_that_is_met_in_the_stop_of_a_round_is_no_failure(
         judge.take()
 
 
-def test_a_child_whose_leader_ends_in_a_round_is_left_out(
+def test_a_child_whose_leader_ends_in_a_round_has_the_epoch_begun_again(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = spawn("spawner")
@@ -463,3 +463,29 @@ def test_a_child_whose_leader_ends_in_a_round_is_left_out(
         monkeypatch.setattr(AddressSpaceTarget, "scan", without_leader)
         judge.take()
     assert gone == [child]
+
+
+LEADER_LEAVES = """
+import ctypes, os, sys, threading, time
+if os.fork():
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    sys.stdin.readline()
+    ctypes.CDLL(None).pthread_exit(None)
+time.sleep(1000)
+"""
+
+
+def test_a_target_whose_leader_ends_is_told_though_a_child_lives(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LEADER_LEAVES]
+    target = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    try:
+        wait_until(lambda: bool(children_of(target.pid)) and len(tasks(target.pid)) == 2, "it runs")
+        with judged(target.pid, tmp_path / "chain", tree=True) as judge:
+            judge.take()
+            go(target)
+            wait_until(lambda: status(target.pid)["State"][0] == "Z", "its leader has ended")
+            with pytest.raises(LeaderGone):
+                judge.session.checkpoint()
+    finally:
+        os.killpg(target.pid, signal.SIGKILL)
+        target.wait()

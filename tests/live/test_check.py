@@ -228,7 +228,7 @@ def test_what_no_probe_thought_of_is_one_more_finding(monkeypatch: pytest.Monkey
 def test_the_armer_is_the_one_that_watch_takes(spawn: Spawn, tmp_path: Path, feature: str) -> None:
     report, found = check(before=without(feature))
     assert report["armer"] == ("soft-dirty" if found["soft-dirty bits"]["ok"] else "compare")
-    assert "pause grows" in found["userfaultfd write protection"]["consequence"]
+    assert "in another way" in found["userfaultfd write protection"]["consequence"]
     run("dump", spawn("threads").pid, "-o", tmp_path / "chain", before=without(feature)).expect(0)
     (shown,) = run("show", tmp_path / "chain", "--json").expect(0).events
     assert shown["armer"] == report["armer"]

@@ -52,6 +52,8 @@ def copy_pages(
     ``read(part, buffer)`` returns (position of the page in ``buffer``, errno) of what it could not
     read; several threads may call it at the same time. Raises what it raises, or what a worker met.
     """
+    if not len(ranges):
+        return Copied()
     unreadable: Failures = []
 
     def fill(part: U64, buffer: Bytes) -> Job:

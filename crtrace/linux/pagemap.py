@@ -94,7 +94,7 @@ class KernelScanner:
     def __init__(self, fd: int) -> None:
         self.fd = fd
         self._known = ~0 if supported(fd, GUARD) else ~GUARD
-        self._vector = np.zeros((_VECTOR, 3), dtype=np.uint64)
+        self._vector = np.ones((_VECTOR, 3), dtype=np.uint64)  # zeros would not be touched
         self._vector_at = self._vector.ctypes.data
 
     def scan(

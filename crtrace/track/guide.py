@@ -132,10 +132,11 @@ class Guide:
         """Marks go to the next generation since the last scan, that of a pause. What was marked in
         between, by who does not stand still, is in neither."""
         visits = self._marks.visits(self._mm)
-        faults = sum(self._marks.counts(tgid).faults for tgid in tgids)
+        counts = [self._marks.counts(tgid) for tgid in tgids]
+        faults = sum(each.faults for each in counts)
         if (visits.begun, faults) != (self._begun, self._faults):
             self.doubt()
-        self._lost = self._marks.lost(tgids)
+        self._lost = self._marks.lost(counts)
         self._written_by_others = visits.written
 
     def written_by_others(self) -> int:
@@ -188,7 +189,7 @@ class Guide:
             huge = intersect(_marked_twice(pages), _regions_of(unmarked))
             regions = merge(to_ranges(distinct(coming // np.uint64(REGION_PAGES))), huge)
             self._in_flight = merge(self._in_flight, regions * np.uint64(REGION_PAGES))
-            if self._marks.lost(tgids) != self._lost:
+            if self._marks.lost(map(self._marks.counts, tgids)) != self._lost:
                 self._in_flight = EVERYTHING
         self._found = None
 

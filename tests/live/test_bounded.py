@@ -378,7 +378,7 @@ def test_nobody_is_awaited_where_all_stood_still(guide: Guide) -> None:
 def test_where_marks_found_no_room_everybody_is_awaited(
     guide: Guide, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(WrittenPages, "lost", lambda marks, tgids: 1)
+    monkeypatch.setattr(WrittenPages, "lost", lambda marks, counts: 1)
     guide.scanned(no_pages(), turned=True, stopped=False)
     guide.await_faults(numbers(), numbers(), [])
     assert guide.bounds([1], turned=False).tolist() == EVERYTHING.tolist()

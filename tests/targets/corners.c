@@ -427,7 +427,7 @@ static void *run_code32(void *unused)
 static void enter_code32(void)
 {
 	start(run_code32, NULL);
-	while (!turns32 || !*turns32)
+	while (!turns32)
 		nap_ms(1);
 	serve();
 }

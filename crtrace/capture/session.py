@@ -164,15 +164,8 @@ class Session:
         try:
             return self._take(work, reason, full)
         finally:
-            for target in self._tree.targets():
-                part = work.parts.get(target.space)
-                if not work.committed:
-                    target.failed()
-                if part and work.committed:
-                    target.carried = target.doubted = no_pages()
-                elif part:
-                    target.carried = part.scanned
-                    target.doubted = merge(part.suspect, part.revisit_next)
+            if not work.committed:
+                self._failed(work)
 
     def _take(self, work: Work, reason: str, full: bool) -> tuple[IndexEntry, dict[str, Any]]:
         image = self._begin(reason, full)
@@ -206,12 +199,20 @@ class Session:
             hostname=state.hostname(),
         )  # fmt: skip
 
+    def _failed(self, work: Work) -> None:
+        for target in self._tree.targets():
+            target.failed()
+            if part := work.parts.get(target.space):
+                target.carried = part.scanned
+                target.doubted = merge(part.suspect, part.revisit_next)
+
     def _committed(self, work: Work) -> None:
         work.committed = True
         self._steady = work.steady
         self._tree.departed.clear()
         for target in self._tree.targets():
             target.fresh = False
+            target.carried = target.doubted = no_pages()
             part = work.parts[target.space]
             target.recent = part.scanned if part.direct else part.suspect
             target.revisit = part.revisit_next

@@ -234,7 +234,7 @@ class Tree:
             return []  # to look through the targets takes a pause 0.1 ms
         known = {member.tgid for member in self.members}
         if not self._nested:
-            known |= {int(pid) for pid in self.refused}  # they are asked again between the pauses
+            known.update(self.refused)  # they are asked again between the pauses
         fresh = [tgid for tgid in self._marks.targets() if tgid not in known]
         self._all_met = None if fresh else followed
         if lost or (self._nested and fresh):

@@ -75,18 +75,16 @@ class Part:
         What it found written is suspect until :meth:`trust`. Returns pages to read besides: carried
         over, not readable before, or suspect.
         """
-        again = [] if self.rounds else [self.carried, self.revisit]
-        if self.failed:
-            failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
-            again.append(to_ranges(failed))
-        again.append(self.suspect)
+        failed = np.array(sorted(page for page, _ in self.failed), dtype=np.uint64)
+        carried = no_pages() if self.rounds else merge(self.carried, self.revisit)
+        again = merge(carried, to_ranges(failed), self.suspect)
         self.reread_next_epoch()
         self._scanned.append(scan.written)
         self.suspect = subtract(scan.written, scan.unarmed)
         self.unarmed = scan.unarmed
         if len(scan.not_rearmed):
             self.not_rearmed = merge(self.not_rearmed, scan.not_rearmed)
-        return merge(*again)
+        return again
 
     def reread_next_epoch(self) -> None:
         """Have the next epoch, too, read what is suspect."""

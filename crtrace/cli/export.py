@@ -25,14 +25,7 @@ if TYPE_CHECKING:
     "--format", "kind", type=click.Choice(["core", "raw"]), default="core", show_default=True,
     help="core: an ELF core file for debuggers; raw: the memory, with a map beside it.",
 )  # fmt: skip
-@click.option(
-    "-o",
-    "--output",
-    "path",
-    type=PATH,
-    metavar="PATH",
-    required=True,
-)
+@click.option("-o", "--output", "path", type=PATH, metavar="PATH", required=True)
 @click.option("--pid", type=int, help="Which process of a tree; by default the first.")
 @click.option(
     "--salvage", is_flag=True,

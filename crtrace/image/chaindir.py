@@ -25,7 +25,7 @@ _HINTS = {
     errno.EDQUOT: "the disk quota is used up; committed epochs are whole",
     errno.EIO: "the storage reports a fault: see the kernel log; committed epochs are whole",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "who may is its owner, or root: sudo chown -R hands a chain over",
+    errno.EACCES: "run as root, or as the owner: sudo chown -R hands a chain over",
     errno.ELOOP: "symbolic links are not followed here: name the real directory",
 }
 
@@ -50,8 +50,6 @@ def explain(error: OSError, doing: str, path: object) -> NoReturn:
     reason = (error.strerror or str(error)).lower()
     kind = NotPermitted if error.errno in (errno.EACCES, errno.EPERM) else CrtraceError
     hint = _HINTS.get(error.errno or 0, "")
-    if error.errno == errno.EACCES and doing == "making":
-        hint = "choose a directory that you may write to"
     raise kind(f"{reason} while {doing} {path}", hint=hint) from error
 
 

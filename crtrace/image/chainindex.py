@@ -179,9 +179,6 @@ def pack_header(chain_id: bytes, created_ns: int) -> bytes:
     return data + SUM.pack(xxh3_64_intdigest(data))
 
 
-_NO_INDEX = "without its index a chain cannot be read: put a copy of it in place"
-
-
 def _read_header(
     data: bytes, entry: bytes, directory: ChainDir
 ) -> tuple[bytes, int, tuple[Fault, ...]]:
@@ -189,8 +186,7 @@ def _read_header(
     is right with a chain id, that is the chain's, whatever the header says."""
     path = directory.path / INDEX_NAME
     if len(data) < ENTRY_SIZE:
-        message = f"{path} has {len(data)} bytes, its header alone takes {ENTRY_SIZE}"
-        raise ImageDamaged(message, hint=_NO_INDEX)
+        raise _unusable(f"{path} has {len(data)} bytes, its header alone takes {ENTRY_SIZE}")
     magic, major, minor, chain_id, created_ns, reserved = HEADER.unpack(data[: HEADER.size])
     found, expected = SUM.unpack(data[HEADER.size :])[0], xxh3_64_intdigest(data[: HEADER.size])
     if found != expected:
@@ -198,19 +194,23 @@ def _read_header(
         for candidate in (chain_id, _id_of_an_image(directory)):
             if len(entry) == ENTRY_SIZE and IndexEntry.unpack(entry, candidate):
                 return candidate, 0, (Fault(0, message, harmless=False),)
-        raise ImageDamaged(f"{path}: {message}", hint=_NO_INDEX)
+        raise _unusable(f"{path}: {message}")
     if magic != INDEX_MAGIC:
-        message = f"{path}: magic is {magic.hex()}, expected {INDEX_MAGIC.hex()}"
-        raise ImageDamaged(message, hint=_NO_INDEX)
+        raise _unusable(f"{path}: magic is {magic.hex()}, expected {INDEX_MAGIC.hex()}")
     if major != MAJOR:
         raise FormatTooNew(
             f"{path}: format version is {major}.{minor}; this crtrace reads version {MAJOR}",
             hint="use the crtrace that wrote the chain, or a later one",
         )
     if any(reserved):
-        message = f"{path}: reserved bytes of the header are not zero"
-        raise ImageDamaged(message, hint=_NO_INDEX)
+        raise _unusable(f"{path}: reserved bytes of the header are not zero")
     return chain_id, created_ns, ()
+
+
+def _unusable(message: str) -> ImageDamaged:
+    return ImageDamaged(
+        message, hint="without its index a chain cannot be read: put a copy of it in place"
+    )
 
 
 def _id_of_an_image(directory: ChainDir) -> bytes:

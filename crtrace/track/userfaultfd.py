@@ -229,12 +229,8 @@ class UserfaultfdArmer:
         if how.within is None or self._doubtful or self._uncleared:
             return None
         refused = space.ranges(self._is_refused) if self._refused else no_pages()
-        others = [refused, self._unprotected, self._moving, self._swapped]
-        if len(how.within):
-            others.append(intersect(how.within, space.anonymous))
-        # Few scans find any of these; a union takes longer than what is gained by it.
-        some = [each for each in others if len(each)]
-        within = merge(space.private_files, *some) if some else space.private_files
+        beyond = merge(space.private_files, refused, self._unprotected, self._moving, self._swapped)
+        within = merge(intersect(how.within, space.anonymous), beyond)
         return worth_while(within, self._effort, beside=how.beside is not None)
 
     def _look_through(

@@ -108,22 +108,27 @@ def verified(path: Path) -> list[int]:
     return epochs
 
 
+def with_capabilities(*names: str) -> tuple[str, ...]:
+    """What to put before a command so that it runs as a user with these alone."""
+    given = ",".join(f"+{name}" for name in names) or "-all"
+    user = "setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"
+    return (*user, f"--inh-caps={given}", f"--ambient-caps={given}")
+
+
 @functools.cache
 def as_nobody() -> tuple[str, ...]:
     """What to put before a command so that it runs as a user without any privilege.
 
     Where that user cannot reach this tree or its virtual environment, it may read all files.
     """
-    plain = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    plain = with_capabilities()
     reaches = subprocess.run(
         [*plain, sys.executable, "-P", "-c", "import crtrace.cli"],
         cwd="/",
         capture_output=True,
         check=False,
     )
-    if reaches.returncode == 0:
-        return tuple(plain)
-    return (*plain, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search")
+    return plain if reaches.returncode == 0 else with_capabilities("dac_read_search")
 
 
 def fake_bcc(folder: Path, body: str) -> dict[str, str]:

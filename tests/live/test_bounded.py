@@ -125,12 +125,17 @@ def test_each_way_around_the_pause(stage: Stage, way: str) -> None:
         it.take()
 
 
+@pytest.fixture
+def others_unmarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What we write is not marked where kprobes are allowed, either."""
+    monkeypatch.setattr(Loading, "_cover", lambda loading, code, fds: ())
+
+
+@pytest.mark.usefixtures("others_unmarked")
 @pytest.mark.parametrize("splitting", [False, True])
 def test_what_nobody_could_notice_is_told_afterwards(
     spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, armer: str, splitting: bool
 ) -> None:
-    # Where kprobes are allowed, what others write is marked.
-    monkeypatch.setattr(Loading, "_cover", lambda loading, code, fds: ())
     target = spawn("layout")
     address = target.ask("areas")["anon_written"]["addr"]
     with judged(target.pid, tmp_path / "chain") as judge:
@@ -167,13 +172,9 @@ def test_what_nobody_could_notice_is_told_afterwards(
             assert not judge.stats[-1]["scans_bounded"]
 
 
-@pytest.mark.usefixtures("userfaultfd")
-def test_the_second_of_two_faults_on_a_page_is_awaited(
-    spawn: Spawn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("userfaultfd", "others_unmarked")
+def test_the_second_of_two_faults_on_a_page_is_awaited(spawn: Spawn, tmp_path: Path) -> None:
     """The first one has made the page written, so the scan that found it has armed it."""
-    # Where kprobes are allowed, what we do would be marked, too.
-    monkeypatch.setattr(Loading, "_cover", lambda loading, code, fds: ())
     target = spawn("layout")
     page = target.ask("areas")["anon_written"]["addr"]
     with judged(target.pid, tmp_path / "chain") as judge:

@@ -45,6 +45,7 @@ from tests.live.runner import (
     judged,
     run,
     verified,
+    with_capabilities,
 )
 
 Spawn = Callable[..., Target]
@@ -229,15 +230,6 @@ def test_without_privileges_the_missing_ones_are_named(
     result = run(command, target.pid, "-o", chain, before=as_nobody())
     result.expect(11, "CAP_SYS_PTRACE", "CAP_BPF", "run as root")
     assert not chain.exists()
-
-
-def with_capabilities(*names: str) -> list[str]:
-    """What to put before a command so that it runs as a user with no others."""
-    given = ",".join(f"+{name}" for name in names) or "-all"
-    return [
-        *("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"),
-        *(f"--inh-caps={given}", f"--ambient-caps={given}"),
-    ]
 
 
 ENOUGH = "sys_ptrace", "bpf", "perfmon", "checkpoint_restore", "dac_read_search"

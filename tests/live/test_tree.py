@@ -410,11 +410,11 @@ def test_a_32_bit_child_is_left_out_and_left_alone(
 
 def _begin(parent: subprocess.Popen[bytes]) -> None:
     go(parent)
-    wait_until(lambda: any(_name(pid) == "pause" for pid in children_of(parent.pid)), "it runs")
 
+    def runs() -> bool:
+        return any(status(pid)["Name"] == "pause" for pid in children_of(parent.pid))
 
-def _name(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+    wait_until(runs, "it runs")
 
 
 def children_of(pid: int) -> list[Pid]:
